@@ -1,0 +1,1 @@
+//! What the host's KVM can do. Placeholder while the workspace is laid out.

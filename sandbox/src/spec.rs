@@ -1,0 +1,141 @@
+//! What callers ask for: pods and containers in the words of this domain. CRI types stop before here.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use caisson_agent_api::v1 as guest;
+use caisson_net::PodNetworkSpec;
+use serde::{Deserialize, Serialize};
+
+/// A pod to run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PodSpec {
+    /// Kubernetes name, namespace and uid, and how often kubelet has tried.
+    pub identity: PodIdentity,
+    /// Runtime handler as asked for; empty is the default.
+    pub handler: String,
+    /// Kept and answered as they are.
+    pub labels: BTreeMap<String, String>,
+    /// Kept and answered as they are.
+    pub annotations: BTreeMap<String, String>,
+    /// Host name in the guest.
+    pub hostname: String,
+    /// Directory for container logs; empty when containers shall not be logged.
+    pub log_directory: PathBuf,
+    /// resolv.conf as kubelet wants it; `None` takes the CNI result's, else the host's.
+    pub dns: Option<guest::DnsConfig>,
+    /// Port mappings and bandwidth for the CNI plugins.
+    pub network: PodNetworkSpec,
+    /// Kernel parameters of the pod.
+    pub sysctls: BTreeMap<String, String>,
+    /// All containers share one PID namespace (CRI NamespaceMode POD for pid).
+    pub share_pid_namespace: bool,
+    /// cgroup that kubelet made for the pod; `None` or a host without cgroup v2: limits are not enforced on the VM.
+    pub cgroup_parent: Option<String>,
+    /// Sum of the containers' limits as known when the pod starts.
+    pub limits: PodLimits,
+}
+
+/// Whose pod this is. Unique among pods that are not removed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PodIdentity {
+    /// Pod name.
+    pub name: String,
+    /// Pod namespace.
+    pub namespace: String,
+    /// Pod uid.
+    pub uid: String,
+    /// Attempt.
+    pub attempt: u32,
+}
+
+/// Limits that size the VM (design: "VM size follows the pod"). `None`: no container has such a limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodLimits {
+    /// Thousandths of a CPU.
+    pub cpu_milli: Option<u64>,
+    /// Bytes.
+    pub memory_bytes: Option<u64>,
+}
+
+/// A container to create.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    /// Name in its pod.
+    pub name: String,
+    /// How often kubelet has tried.
+    pub attempt: u32,
+    /// Kept and answered as they are.
+    pub labels: BTreeMap<String, String>,
+    /// Kept and answered as they are.
+    pub annotations: BTreeMap<String, String>,
+    /// The image to run.
+    pub image: ContainerImage,
+    /// What the guest runs; ids of volumes and disk serials are filled in by this room: leave `image_serial` empty, and put pushed
+    /// files into `files`.
+    pub guest: guest::ContainerSpec,
+    /// Host files that are copied into the guest at creation.
+    pub files: Vec<PushedFiles>,
+    /// Host file that receives the termination message before the container is seen to be exited.
+    pub termination_file: Option<PathBuf>,
+    /// Log file relative to the pod's log directory; `None`: output is drained and dropped.
+    pub log_path: Option<PathBuf>,
+    /// What StopContainer sends first; a number of signal(7).
+    pub stop_signal: u32,
+    /// Mounts as the caller asked for them, answered in the container's status.
+    pub mounts: Vec<MountRecord>,
+}
+
+/// An image, as much of it as a container needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerImage {
+    /// Config digest, `sha256:...`.
+    pub id: String,
+    /// As the user named it.
+    pub user_reference: String,
+    /// A `repo@digest` or the id.
+    pub reference: String,
+    /// EROFS file, attached read-only.
+    pub disk: PathBuf,
+}
+
+/// A host file or small directory, copied into guest memory and bind-mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PushedFiles {
+    /// File or directory on the host.
+    pub host_path: PathBuf,
+    /// Absolute, in the container.
+    pub container_path: String,
+    /// The guest's mount is read-only.
+    pub readonly: bool,
+}
+
+/// A mount as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountRecord {
+    /// Host path.
+    pub host_path: String,
+    /// Path in the container.
+    pub container_path: String,
+    /// Read-only.
+    pub readonly: bool,
+}
+
+/// A command to run in a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecSpec {
+    /// argv.
+    pub args: Vec<Vec<u8>>,
+    /// No deadline when `None`.
+    pub timeout: Option<std::time::Duration>,
+}
+
+/// What a command has answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecOutput {
+    /// 0-255; 128 + signal when killed by one.
+    pub exit_code: i32,
+    /// At most [`crate::EXEC_OUTPUT_LIMIT`] bytes.
+    pub stdout: Vec<u8>,
+    /// At most [`crate::EXEC_OUTPUT_LIMIT`] bytes.
+    pub stderr: Vec<u8>,
+}
