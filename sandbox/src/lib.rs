@@ -4,6 +4,8 @@
 //! undo, stop, and what is remembered on disk. Must not know CRI types, gRPC servers, how images are fetched, which hypervisor runs
 //! (it has the port), or how CNI is called (it has `caisson-net`).
 
+mod error;
+mod networks;
 pub mod spec;
 pub mod view;
 
@@ -13,6 +15,8 @@ use caisson_hypervisor::Hypervisor;
 use serde::{Deserialize, Serialize};
 
 pub use caisson_agent_api::v1 as guest;
+pub use error::{ErrorKind, SandboxError};
+pub use networks::PodNetworks;
 
 /// Most bytes of each output that ExecSync keeps.
 pub const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
@@ -72,7 +76,7 @@ impl Sandboxes {
     pub async fn open(
         config: SandboxesConfig,
         hypervisor: Arc<dyn Hypervisor>,
-        network: caisson_net::Network,
+        network: Arc<dyn PodNetworks>,
     ) -> Result<Self, SandboxError> {
         todo!()
     }
@@ -135,49 +139,5 @@ impl Sandboxes {
     /// Image disks that containers use, so that image removal keeps them.
     pub async fn images_in_use(&self) -> Vec<String> {
         todo!()
-    }
-}
-
-/// Why a call on a pod or container failed. The text says what was tried on what; the chain of sources has the cause.
-#[derive(Debug, thiserror::Error)]
-pub enum SandboxError {
-    /// No pod with this id or prefix.
-    #[error("no pod sandbox {0}")]
-    NoSandbox(String),
-    /// No container with this id or prefix.
-    #[error("no container {0}")]
-    NoContainer(String),
-    /// A prefix fits several ids.
-    #[error("id prefix {0} is ambiguous")]
-    Ambiguous(String),
-}
-
-/// What kind of failure a caller should see; every error has exactly one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ErrorKind {
-    /// The request makes no sense, or asks for what does not exist.
-    Invalid,
-    /// Unknown pod or container.
-    NotFound,
-    /// The name is taken by another pod or container.
-    AlreadyExists,
-    /// Right request, wrong state.
-    WrongState,
-    /// No memory, slot or disk space left for it.
-    Exhausted,
-    /// Nothing was heard in time.
-    Deadline,
-    /// The host or the guest failed.
-    Internal,
-}
-
-impl SandboxError {
-    /// What kind of failure this is.
-    #[must_use]
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            Self::NoSandbox(_) | Self::NoContainer(_) => ErrorKind::NotFound,
-            Self::Ambiguous(_) => ErrorKind::Invalid,
-        }
     }
 }
