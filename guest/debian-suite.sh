@@ -1,0 +1,42 @@
+#!/bin/bash
+# Fetches packages of another Debian suite without changing the host's apt: own sources list, own lists, own cache.
+#
+#   debian-suite.sh SUITE DIRECTORY PACKAGE...
+#
+# Leaves the packages' .deb files in DIRECTORY. PACKAGE may be a shell pattern (linux-image-6.12.*-cloud-amd64): the newest match is
+# taken. The archive's address and key are those that this host's own sources use.
+set -euo pipefail
+
+suite=$1 destination=$2
+shift 2
+
+# The first Debian archive among the host's sources, in either format; security and vendor archives are not Debian's main one.
+archive() {
+    {
+        sed -n 's/^URIs:[[:space:]]*//p' /etc/apt/sources.list.d/*.sources 2>/dev/null
+        sed -nE 's/^deb[[:space:]]+(\[[^]]*\][[:space:]]+)?([^[:space:]]+).*/\2/p' /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null
+    } | tr ' ' '\n' | grep -E '/debian/?$' | head -n 1
+}
+uri=$(archive || true)
+[ -n "$uri" ] || { echo "debian-suite: no Debian archive among this host's apt sources (/etc/apt)" >&2; exit 1; }
+
+state="$destination/.apt/$suite"
+mkdir -p "$state/lists/partial" "$state/cache/archives/partial" "$state/etc"
+echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $suite main" >"$state/etc/sources.list"
+touch "$state/status"
+apt=(-qq -o Dir::Etc::sourcelist="$(realpath "$state")/etc/sources.list" -o Dir::Etc::sourceparts=/dev/null
+    -o Dir::State="$(realpath "$state")" -o Dir::State::status="$(realpath "$state")/status"
+    -o Dir::Cache="$(realpath "$state")/cache" -o APT::Sandbox::User=root -o Acquire::Retries=3)
+
+apt-get "${apt[@]}" update
+for wanted in "$@"; do
+    package=$wanted
+    if [[ $wanted == *[*?]* ]]; then
+        package=$(apt-cache "${apt[@]}" pkgnames | while read -r name; do
+            # shellcheck disable=SC2053 # a pattern, on purpose
+            if [[ $name == $wanted ]]; then echo "$name"; fi
+        done | sort -V | tail -n 1)
+        [ -n "$package" ] || { echo "debian-suite: no package of $suite matches $wanted" >&2; exit 1; }
+    fi
+    (cd "$destination" && apt-get "${apt[@]}" download "$package")
+done
