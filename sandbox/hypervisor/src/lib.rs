@@ -12,8 +12,10 @@
 //! - The transport is hybrid vsock: a Unix socket on which one writes `CONNECT <port>\n` and reads `OK <n>\n`; the guest cannot
 //!   initiate connections.
 
+pub mod console;
 pub mod kvm;
 pub mod process;
+pub mod spawn;
 
 use std::{
     os::fd::OwnedFd,
@@ -24,7 +26,9 @@ use std::{
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-pub use process::{ProcessRef, ProcessRole};
+pub use console::console_tail;
+pub use process::{Ended, Process, ProcessRef, ProcessRole};
+pub use spawn::{Credentials, DetachedCommand};
 
 /// Environment variable of every process that belongs to a VM; its value is the VM's id.
 pub const OWNER_ENV: &str = "CAISSON_VM_ID";
