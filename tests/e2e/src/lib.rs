@@ -1,1 +1,50 @@
-//! Placeholder while the workspace is laid out.
+//! The end-to-end harness: a scratch host, a real registry, the real daemon, and a CRI client that reads like prose.
+//!
+//! Owns how tests see the product from outside: its socket, its files, and what is left on the host. Must not use any of the
+//! product's crates: an error in them would hide in both places.
+
+pub mod cri;
+pub mod daemon;
+pub mod host;
+pub mod image;
+pub mod registry;
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+/// The checkout.
+#[must_use]
+pub fn checkout() -> PathBuf {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    here.parent()
+        .and_then(|tests| tests.parent())
+        .map(PathBuf::from)
+        .unwrap_or(here)
+}
+
+/// Waits until `condition` answers something, asking often at first; the error says what was waited for.
+pub async fn eventually<T, F>(what: &str, limit: Duration, mut condition: F) -> anyhow::Result<T>
+where
+    F: AsyncFnMut() -> Option<T>,
+{
+    let start = Instant::now();
+    let mut pause = Duration::from_millis(2);
+    loop {
+        if let Some(value) = condition().await {
+            return Ok(value);
+        }
+        anyhow::ensure!(start.elapsed() < limit, "{what} did not happen within {limit:?}");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(100));
+    }
+}
+
+/// Runs an asynchronous test on the thread that entered a scratch host: its namespaces are that thread's.
+pub fn run<T>(test: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(test)
+}

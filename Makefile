@@ -1,0 +1,72 @@
+# Caisson's entry points. Each installs what it needs (as root, on Debian 12) and can be called on a fresh machine.
+#
+#   make demo     a real pod in a real VM, from nothing; about 6 minutes the first time
+#   make test     every test, end to end ones included
+#   make check    formatting, lints, licences' list
+#   make bench    figures for docs/performance.md
+#   make run      caissond in the foreground, state below /tmp/caisson, its own bridge network for pods
+#   make help     this list
+
+SHELL := /bin/bash
+CAISSON_CACHE ?= $(HOME)/.cache/caisson
+export CAISSON_CACHE
+TARGET := x86_64-unknown-linux-gnu
+AGENT := target/$(TARGET)/guest/caisson-agent
+GUEST := guest/out
+RUN ?= /tmp/caisson
+CRI_TOOLS := v1.36.0
+# A container image that fits this machine's cargo: quiet unless something fails.
+CARGO ?= cargo
+
+.PHONY: help setup build agent guest guest-tuned demo test unit e2e check bench run crictl clean-cache
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup:
+	@./tests/setup.sh
+
+build: setup
+	$(CARGO) build --release -p caissond -p caisson-vhost-vsock
+
+# Static, so that it is the only file a guest needs; --target keeps build scripts and macros dynamic.
+agent: setup
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' \
+		$(CARGO) build --profile guest --target $(TARGET) -p caisson-agent
+
+guest: agent
+	./guest/distribution.sh $(GUEST)/distribution
+	./guest/initramfs.sh $(GUEST)/distribution/initramfs.cpio $(AGENT) $(GUEST)/distribution/modules
+
+guest-tuned: agent
+	./guest/kernel/build.sh $(GUEST)/tuned
+	./guest/initramfs.sh $(GUEST)/tuned/initramfs.cpio $(AGENT)
+
+demo: build guest
+	$(CARGO) build --release -p caisson-e2e --bin demo
+	@echo
+	./target/release/demo
+
+unit: setup
+	$(CARGO) test --workspace --exclude caisson-e2e
+
+e2e: build guest
+	$(CARGO) test --release -p caisson-e2e -- --test-threads=1
+
+test: check unit e2e
+
+check: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+bench: build guest guest-tuned
+	$(CARGO) run --release -p caisson-e2e --bin bench
+
+run: build guest
+	./tests/run-by-hand.sh $(RUN)
+
+crictl: setup
+	@test -x $(CAISSON_CACHE)/bin/crictl-$(CRI_TOOLS) || { \
+		echo "building crictl $(CRI_TOOLS) (about 3 minutes)"; \
+		GOBIN=$(CAISSON_CACHE)/bin/build-$(CRI_TOOLS) go install -ldflags '-X sigs.k8s.io/cri-tools/pkg/version.Version=$(CRI_TOOLS)' sigs.k8s.io/cri-tools/cmd/crictl@$(CRI_TOOLS) && \
+		mv $(CAISSON_CACHE)/bin/build-$(CRI_TOOLS)/crictl $(CAISSON_CACHE)/bin/crictl-$(CRI_TOOLS); }
+	@ln -sf crictl-$(CRI_TOOLS) $(CAISSON_CACHE)/bin/crictl
