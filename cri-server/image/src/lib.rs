@@ -2,28 +2,58 @@
 //!
 //! Owns the registry client, the image store and its index, conversion and garbage collection. Must not know CRI types, pods or VMs:
 //! it is told which images are in use. The content of an image is never mounted or unpacked on the host.
+//!
+//! ```text
+//! reference -> manifest -> [known? only names] -> layers: download -> digest -> decompress -> EROFS -> file -> index
+//! ```
+//!
+//! Everything that a registry sends is hostile until its digest is checked: sizes and counts have caps, every wait ends, and what is refused
+//! leaves nothing behind.
 
-use std::{path::PathBuf, time::SystemTime};
+mod conversion;
+mod digest;
+mod error;
+mod flights;
+mod index;
+mod manifest;
+mod pull;
+mod reference;
+mod registry;
+mod store;
+mod transfer;
+
+use std::{fmt, path::PathBuf, sync::Arc, time::SystemTime};
+
+pub use error::{ErrorKind, ImageError, RegistryError};
+
+use crate::{
+    flights::{Flights, KeyedLocks},
+    pull::{Puller, blocking},
+    reference::Reference,
+    registry::Transport,
+    store::Store,
+};
 
 /// Where things are and how registries are reached, decided by the composition root.
 #[derive(Debug, Clone)]
 pub struct ImageStoreConfig {
     /// Directory of the store, made when absent.
     pub root: PathBuf,
-    /// Registries (`host:port`) that are spoken to over plain HTTP.
+    /// Registries (`host:port`) that are spoken to over plain HTTP. Loopback addresses and `localhost` always are, as with Docker.
     pub insecure_registries: Vec<String>,
-    /// registry host -> mirrors, tried in order before the registry itself. Credentials never go to a mirror.
+    /// registry host -> mirrors, tried in order before the registry itself. Credentials never go to a mirror. A mirror is `host[:port]`, or
+    /// `http://` or `https://` with that.
     pub mirrors: std::collections::BTreeMap<String, Vec<String>>,
-    /// More PEM files with certificate authorities.
+    /// More PEM files with certificate authorities. Read once, when the store is opened.
     pub ca_files: Vec<PathBuf>,
-    /// Largest uncompressed image in bytes.
+    /// Largest uncompressed image in bytes: all layers together, and the file they become.
     pub max_image_bytes: u64,
     /// A transfer without progress for this long is broken off.
     pub stall_deadline: std::time::Duration,
 }
 
 /// Credentials of one pull.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub enum Credentials {
     /// None.
     #[default]
@@ -39,6 +69,21 @@ pub enum Credentials {
     Bearer(String),
     /// An OAuth2 refresh token, exchanged for a bearer token.
     IdentityToken(String),
+}
+
+/// Names the kind and the user, never a secret.
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Anonymous => f.write_str("Anonymous"),
+            Self::Basic { username, .. } => f
+                .debug_struct("Basic")
+                .field("username", username)
+                .finish_non_exhaustive(),
+            Self::Bearer(_) => f.write_str("Bearer(..)"),
+            Self::IdentityToken(_) => f.write_str("IdentityToken(..)"),
+        }
+    }
 }
 
 /// An image in the store.
@@ -95,58 +140,107 @@ pub struct Usage {
 }
 
 /// The images of this node. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ImageStore {
-    _config: ImageStoreConfig,
+    puller: Puller,
+    flights: Arc<Flights<(Reference, Credentials), Result<Image, Arc<ImageError>>>>,
 }
 
-#[allow(
-    clippy::todo,
-    clippy::unused_async,
-    unused_variables,
-    reason = "laid out for the rooms that build on it; replaced by the implementation"
-)]
+impl fmt::Debug for ImageStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ImageStore")
+            .field("root", &self.root())
+            .finish_non_exhaustive()
+    }
+}
+
 impl ImageStore {
-    /// Opens or makes the store, and sweeps what a crash left half done.
+    /// Opens or makes the store, and sweeps what a crash left half done. One process can have it open.
     pub async fn open(config: ImageStoreConfig) -> Result<Self, ImageError> {
-        todo!()
+        let config = Arc::new(config);
+        let opening = config.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let transport = Transport::new(opening.clone())?;
+            Ok((transport, Store::open(&opening.root)?))
+        });
+        let (transport, store) = opened
+            .await
+            .map_err(|_| ImageError::Interrupted("opening the store"))??;
+        let conversions = Arc::new(KeyedLocks::new());
+        let puller = Puller {
+            config,
+            transport,
+            store: Arc::new(store),
+            conversions,
+        };
+        Ok(Self {
+            puller,
+            flights: Arc::new(Flights::new()),
+        })
     }
-    /// Pulls by tag or digest and answers the image. Concurrent pulls of one reference with the same credentials are one.
+
+    /// Pulls by tag or digest and answers the image. Concurrent pulls of one reference with the same credentials are one; it ends early
+    /// when nobody waits for it any more.
     pub async fn pull(&self, reference: &str, credentials: Credentials) -> Result<Image, ImageError> {
-        todo!()
+        let reference = Reference::parse(reference)?;
+        let key = (reference.clone(), credentials.clone());
+        let puller = self.puller.clone();
+        let work = || async move { puller.pull(reference, credentials).await.map_err(Arc::new) };
+        match self.flights.join(key, work).await {
+            Some(Ok(image)) => Ok(image),
+            Some(Err(error)) => Err(ImageError::Joined(error)),
+            None => Err(ImageError::Interrupted("a pull")),
+        }
     }
+
     /// Finds by id, unique id prefix, tag or digest reference. Familiar names are completed (`busybox` -> `docker.io/library/busybox:latest`).
+    #[expect(
+        clippy::unused_async,
+        reason = "callers must not depend on the list being in memory"
+    )]
     pub async fn get(&self, reference: &str) -> Result<Option<Image>, ImageError> {
-        todo!()
+        self.puller.store.find(reference)
     }
-    /// Every image.
+
+    /// Every image, by id.
+    #[expect(
+        clippy::unused_async,
+        reason = "callers must not depend on the list being in memory"
+    )]
     pub async fn list(&self) -> Result<Vec<Image>, ImageError> {
-        todo!()
+        Ok(self.puller.store.images().values().cloned().collect())
     }
+
     /// Removes the image that `reference` names, with all its tags and digests. Unknown: Ok. The EROFS file of an image in `in_use`
     /// stays until the next [`ImageStore::collect`] without it.
     pub async fn remove(&self, reference: &str, in_use: &[String]) -> Result<(), ImageError> {
-        todo!()
+        let Some(image) = self.puller.store.find(reference)? else {
+            return Ok(());
+        };
+        let in_use = in_use.to_vec();
+        blocking(&self.puller.store, "removing an image", move |store| {
+            store.remove(&image.id, &in_use)
+        })
+        .await
     }
+
     /// Deletes files that no image and no id in `in_use` needs.
     pub async fn collect(&self, in_use: &[String]) -> Result<(), ImageError> {
-        todo!()
+        let in_use = in_use.to_vec();
+        blocking(&self.puller.store, "collecting files", move |store| {
+            store.collect(&in_use)
+        })
+        .await
     }
+
     /// What the store takes.
     pub async fn usage(&self) -> Result<Usage, ImageError> {
-        todo!()
+        blocking(&self.puller.store, "counting files", Store::usage).await
     }
+
     /// Where it is.
     #[must_use]
     pub fn root(&self) -> &std::path::Path {
-        &self._config.root
+        self.puller.store.root()
     }
-}
-
-/// Why an image could not be had.
-#[derive(Debug, thiserror::Error)]
-pub enum ImageError {
-    /// Not a reference.
-    #[error("invalid image reference {0:?}")]
-    Reference(String),
 }

@@ -1,0 +1,278 @@
+//! One pull from reference to listed image: resolve, verify, convert, list.
+//!
+//! The registry is asked even when the image is here: a tag may have moved, and the credentials must be good for it. Layers are fetched
+//! only when the content is not in the store.
+
+use std::{sync::Arc, time::SystemTime};
+
+use tempfile::NamedTempFile;
+use tokio::sync::mpsc;
+
+use crate::{
+    Credentials, ErrorKind, Image, ImageError, ImageStoreConfig, RegistryError,
+    conversion::{self, Layer},
+    digest::Digest,
+    flights::KeyedLocks,
+    manifest::{self, Document, Manifest, Unusable},
+    reference::Reference,
+    registry::{Fetched, Sources, Transport},
+    store::{Names, Store, disk_of, failed},
+    transfer::{self, CHANNEL_CHUNKS},
+};
+
+/// What pulls work with.
+#[derive(Clone)]
+pub(crate) struct Puller {
+    pub(crate) config: Arc<ImageStoreConfig>,
+    pub(crate) transport: Transport,
+    pub(crate) store: Arc<Store>,
+    /// Two references to one image convert it once.
+    pub(crate) conversions: Arc<KeyedLocks<String>>,
+}
+
+impl Puller {
+    /// Pulls `reference` and answers the listed image.
+    pub(crate) async fn pull(
+        self,
+        reference: Reference,
+        credentials: Credentials,
+    ) -> Result<Image, ImageError> {
+        let began = SystemTime::now();
+        let endpoints = self.transport.endpoints(&reference, &credentials)?;
+        let mut pull = Pull {
+            sources: Sources::new(endpoints, &reference),
+            puller: self,
+            reference,
+        };
+        let (manifest, names) = pull.resolve().await?;
+        let id = manifest.config.digest.to_string();
+        let _alone = pull.puller.conversions.lock(&id).await;
+        let (named, wanted) = (id.clone(), names.clone());
+        let known = pull
+            .blocking("naming an image", move |store| store.name(&named, &wanted))
+            .await?;
+        let fetched = known.is_none();
+        let image = match known {
+            Some(image) => image,
+            None => pull.fetch(id, &manifest, names).await?,
+        };
+        let seconds = began.elapsed().unwrap_or_default().as_secs_f32();
+        tracing::info!(
+            image.id, reference = %pull.reference, image.size_bytes, layers = manifest.layers.len(), fetched, seconds,
+            "image.pulled"
+        );
+        Ok(image)
+    }
+}
+
+struct Pull {
+    puller: Puller,
+    reference: Reference,
+    sources: Sources,
+}
+
+impl Pull {
+    /// From tag or digest to the manifest for this platform.
+    async fn resolve(&mut self) -> Result<(Manifest, Names), ImageError> {
+        let version = self.reference.version();
+        let top = self.document(&version).await?;
+        let names = Names {
+            tag: self.reference.tag_name(),
+            digest: self.reference.digest_name(&top.digest),
+        };
+        let document = self.parse(&version, &top)?;
+        let chosen = match document {
+            Document::Image(manifest) => return Ok((manifest, names)),
+            Document::Index(chosen) => chosen,
+        };
+        let version = chosen.digest.to_string();
+        let fetched = self.document(&version).await?;
+        if fetched.bytes.len() as u64 != chosen.size {
+            let found = fetched.bytes.len();
+            return Err(self.refused(format!(
+                "manifest {version} has {found} bytes, the index says {}",
+                chosen.size
+            )));
+        }
+        match self.parse(&version, &fetched)? {
+            Document::Image(manifest) => Ok((manifest, names)),
+            Document::Index(_) => Err(self.refused("an index inside an index is not supported".into())),
+        }
+    }
+
+    async fn document(&mut self, version: &str) -> Result<Fetched, ImageError> {
+        let fetched = self.sources.manifest(version).await;
+        fetched.map_err(|error| self.registry_error(error))
+    }
+
+    fn parse(&self, version: &str, fetched: &Fetched) -> Result<Document, ImageError> {
+        manifest::parse(&fetched.bytes, &fetched.content_type)
+            .map_err(|unusable| self.unusable(&format!("manifest {version}"), unusable))
+    }
+
+    /// Gets what is missing, and lists the image.
+    async fn fetch(&self, id: String, manifest: &Manifest, names: Names) -> Result<Image, ImageError> {
+        self.check_sizes(manifest)?;
+        let config = self
+            .sources
+            .small_blob(&manifest.config.digest, manifest.config.size)
+            .await;
+        let config = config.map_err(|error| self.registry_error(error))?;
+        let (config, diff_ids) = manifest::parse_config(config, manifest.layers.len())
+            .map_err(|unusable| self.unusable("config", unusable))?;
+        let (file, size_bytes) = match self.content(&id).await? {
+            // Left by an image that was removed while in use, or by a crash before it was listed.
+            Some(size) => (None, size),
+            None => {
+                let (file, size) = self.convert(manifest, diff_ids).await?;
+                (Some(file), size)
+            }
+        };
+        let image = Image {
+            disk: disk_of(self.puller.store.root(), &id),
+            id,
+            repo_tags: Vec::new(),
+            repo_digests: Vec::new(),
+            size_bytes,
+            pinned: false,
+            config,
+            pulled_at: SystemTime::now(),
+        };
+        // Runs to its end even when nobody waits any more: either the image is complete, or there is none.
+        self.blocking("listing an image", move |store| store.add(image, &names, file))
+            .await
+    }
+
+    /// Compressed content that is larger than an image may be is not worth a download.
+    fn check_sizes(&self, manifest: &Manifest) -> Result<(), ImageError> {
+        let max = self.puller.config.max_image_bytes;
+        let sum = manifest
+            .layers
+            .iter()
+            .try_fold(0u64, |sum, layer| sum.checked_add(layer.size));
+        match sum {
+            Some(sum) if sum <= max => Ok(()),
+            _ => Err(self.refused(format!("its layers are larger than {max} bytes"))),
+        }
+    }
+
+    async fn content(&self, id: &str) -> Result<Option<u64>, ImageError> {
+        let id = id.to_owned();
+        self.blocking("looking for content", move |store| Ok(store.content(&id)))
+            .await
+    }
+
+    async fn convert(
+        &self,
+        manifest: &Manifest,
+        diff_ids: Vec<Digest>,
+    ) -> Result<(NamedTempFile, u64), ImageError> {
+        let (temporary, output) = self
+            .blocking("making a file", |store| {
+                let temporary = store.new_file()?;
+                let output = temporary.as_file().try_clone();
+                let output = output.map_err(|source| failed("open", temporary.path(), source))?;
+                Ok((temporary, output))
+            })
+            .await?;
+        let layers: Vec<_> = manifest
+            .layers
+            .iter()
+            .cloned()
+            .zip(diff_ids)
+            .map(|(blob, diff_id)| Layer { blob, diff_id })
+            .collect();
+        let max = self.puller.config.max_image_bytes;
+        let (sink, feed) = mpsc::channel(CHANNEL_CHUNKS);
+        let span = tracing::Span::current();
+        let conversion = tokio::task::spawn_blocking(move || {
+            let _entered = span.enter();
+            conversion::convert(output, &layers, feed, max)
+        });
+        let downloaded = transfer::download(&self.sources, &manifest.layers, &sink).await;
+        // The conversion ends when nothing more can come.
+        drop(sink);
+        let converted = conversion
+            .await
+            .map_err(|_| ImageError::Interrupted("a conversion"))?;
+        match (converted, downloaded) {
+            (Ok(size), Ok(())) => Ok((temporary, size)),
+            // A refusal of content is the cause of everything after it; a cut is the consequence of the download's end.
+            (Err(conversion::Failure::Cut), Err(transfer::Failure::Registry(error)))
+            | (Ok(_), Err(transfer::Failure::Registry(error))) => Err(self.registry_error(error)),
+            (Err(failure), _) => Err(self.conversion_error(failure)),
+            (Ok(_), Err(transfer::Failure::ConverterGone)) => Err(ImageError::Interrupted("a conversion")),
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce(&Store) -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        blocking(&self.puller.store, what, work).await
+    }
+
+    fn refused(&self, reason: String) -> ImageError {
+        ImageError::Content {
+            image: self.reference.to_string(),
+            reason,
+        }
+    }
+
+    fn registry_error(&self, source: RegistryError) -> ImageError {
+        ImageError::Registry {
+            image: self.reference.to_string(),
+            source,
+        }
+    }
+
+    fn unusable(&self, what: &str, unusable: Unusable) -> ImageError {
+        let from = || format!("{what} of {}", self.reference);
+        match unusable {
+            Unusable::Refused(reason) => self.refused(reason),
+            Unusable::Garbage(reason) => {
+                self.registry_error(RegistryError::new(ErrorKind::Unavailable, from(), reason))
+            }
+            Unusable::OtherPlatform(reason) => {
+                self.registry_error(RegistryError::new(ErrorKind::NotFound, from(), reason))
+            }
+        }
+    }
+
+    fn conversion_error(&self, failure: conversion::Failure) -> ImageError {
+        let path = self.puller.store.root().to_owned();
+        match failure {
+            conversion::Failure::Cut => ImageError::Interrupted("a download"),
+            conversion::Failure::Full(source) => ImageError::Exhausted { path, source },
+            conversion::Failure::Refused(reason) => self.refused(reason),
+            conversion::Failure::Layer {
+                digest,
+                hostile,
+                source,
+            } => ImageError::Layer {
+                image: self.reference.to_string(),
+                layer: digest.to_string(),
+                hostile,
+                source,
+            },
+            conversion::Failure::Output(source) => ImageError::Io {
+                doing: "write an image in",
+                path,
+                source: std::io::Error::other(source),
+            },
+        }
+    }
+}
+
+/// Runs `work` on a blocking thread.
+pub(crate) async fn blocking<T: Send + 'static>(
+    store: &Arc<Store>,
+    what: &'static str,
+    work: impl FnOnce(&Store) -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, ImageError> {
+    let store = store.clone();
+    tokio::task::spawn_blocking(move || work(&store))
+        .await
+        .map_err(|_| ImageError::Interrupted(what))?
+}
