@@ -1,0 +1,98 @@
+//! What a container must not reach: the agent's vsock ports, from inside, however privileged.
+
+use std::{fs, process::Command};
+
+use anyhow::{Result, ensure};
+use caisson_e2e::{
+    cri::{container, pod},
+    daemon::{Daemon, Product},
+    host::{Host, command},
+    image::{self, Image, Layer},
+    registry::Registry,
+    run,
+};
+use k8s_cri::v1 as cri;
+use serde_json::json;
+
+/// Tries to make a vsock socket and to connect it to every CID that could be the agent or the host; prints what happened.
+const PROBE: &str = r#"
+#include <stdio.h>
+#include <string.h>
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <linux/vm_sockets.h>
+int main(int argc, char **argv) {
+    unsigned cids[] = {1, 2, 3, 0xffffffff};
+    unsigned ports[] = {1021, 1022};
+    for (int c = 0; c < 4; c++) for (int p = 0; p < 2; p++) {
+        int s = socket(AF_VSOCK, SOCK_STREAM, 0);
+        if (s < 0) { printf("socket: %s\n", strerror(errno)); continue; }
+        struct sockaddr_vm a = { .svm_family = AF_VSOCK, .svm_cid = cids[c], .svm_port = ports[p] };
+        if (connect(s, (struct sockaddr *)&a, sizeof a) == 0) printf("CONNECTED cid %u port %u\n", cids[c], ports[p]);
+        else printf("connect: %s\n", strerror(errno));
+        close(s);
+    }
+    return 0;
+}
+"#;
+
+#[test]
+fn no_container_can_use_vsock_whether_privileged_or_not() -> Result<()> {
+    let host = Host::enter()?;
+    run(async {
+        let source = host.dir().join("probe.c");
+        let binary = host.dir().join("probe");
+        fs::write(&source, PROBE)?;
+        command(
+            Command::new("gcc")
+                .args(["-O1", "-static", "-o"])
+                .arg(&binary)
+                .arg(&source),
+        )?;
+        let probe = Layer::default()
+            .file("probe", 0o755, &fs::read(&binary)?)?
+            .gzip()?;
+        let registry = Registry::start(&host.dir().join("registry")).await?;
+        let image = registry.push(
+            "test/probe",
+            "1",
+            &Image::new(vec![image::busybox_layer()?, probe], &json!({})),
+        )?;
+        let daemon = Daemon::start(&host, &Product::find()?, &[]).await?;
+        let mut cri = daemon.cri().await?;
+        cri.pull(&image).await?;
+        let mut config = pod(&host, "isolation");
+        config.linux.get_or_insert_default().security_context = Some(cri::LinuxSandboxSecurityContext {
+            privileged: true,
+            ..Default::default()
+        });
+        let pod_id = cri.run_pod(&config).await?;
+        for (name, privileged, user) in [
+            ("unprivileged", false, 65534),
+            ("root", false, 0),
+            ("privileged", true, 0),
+        ] {
+            let mut probe = container(name, &image, &["/probe"]);
+            probe.linux.get_or_insert_default().security_context = Some(cri::LinuxContainerSecurityContext {
+                privileged,
+                run_as_user: Some(cri::Int64Value { value: user }),
+                ..Default::default()
+            });
+            let id = cri.run(&pod_id, &probe, &config).await?;
+            let status = cri.exited(&id).await?;
+            let log = fs::read_to_string(host.log_dir("isolation")?.join(format!("{name}.log")))?;
+            ensure!(status.exit_code == 0, "{status:?} {log}");
+            ensure!(!log.contains("CONNECTED"), "{name}: {log}");
+            ensure!(
+                log.lines().count() == 8
+                    && log
+                        .lines()
+                        .all(|l| l.ends_with("socket: Address family not supported by protocol")),
+                "{name}: {log}"
+            );
+        }
+        Ok(())
+    })
+}
