@@ -1,0 +1,515 @@
+//! From a [`VmSpec`] to two running processes: checks it, opens every file, starts the vsock backend and QEMU, and hears QEMU's
+//! first answer. Whatever fails on the way, both processes are killed.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::{
+            fs::{MetadataExt, OpenOptionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use caisson_hypervisor::{
+    Credentials, DetachedCommand, HypervisorError, Nic, Process, ProcessRole, SERIAL_BYTES, VmSpec,
+};
+
+use crate::{
+    Engine, Qemu,
+    arguments::{DiskPlan, MAX_COLD_DEVICES, MAX_SLOTS, NicPlan, Plan, arguments},
+    disks::open_cold_disk,
+    machine::{QemuVm, describe_end, kill_all},
+    qmp::Qmp,
+};
+
+/// The guest's address on its own vsock. Any will do: each VM has a backend of its own.
+const GUEST_CID: u32 = 3;
+/// sun_path of sockaddr_un less its final NUL (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
+/// A guest of less cannot unpack its kernel.
+const MEMORY_MIN_MIB: u64 = 32;
+/// What QEMU's q35 machine takes without an interrupt remapper.
+const VCPUS_MAX: u32 = 255;
+
+/// Where the files of a VM are.
+#[derive(Debug, Clone)]
+pub(crate) struct Paths {
+    pub(crate) dir: PathBuf,
+    pub(crate) qmp: PathBuf,
+    pub(crate) vsock: PathBuf,
+    pub(crate) console: PathBuf,
+    pub(crate) qemu_log: PathBuf,
+    pub(crate) backend_log: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn in_dir(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            qmp: dir.join("qmp.sock"),
+            vsock: dir.join("vsock.sock"),
+            console: dir.join("console.log"),
+            qemu_log: dir.join("qemu.log"),
+            backend_log: dir.join("vsock.log"),
+        }
+    }
+
+    pub(crate) fn logs(&self) -> Vec<PathBuf> {
+        vec![
+            self.console.clone(),
+            self.qemu_log.clone(),
+            self.backend_log.clone(),
+        ]
+    }
+}
+
+/// The processes of a launch that has not succeeded yet: dropping it kills them.
+struct Unfinished {
+    vmm: Process,
+    backend: Process,
+    armed: bool,
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        for process in [&self.vmm, &self.backend] {
+            if let Err(error) = process.signal_kill() {
+                tracing::error!(pid = process.reference().pid, %error, "cannot kill a process of a failed launch");
+            }
+        }
+    }
+}
+
+pub(crate) async fn launch(qemu: &Qemu, spec: VmSpec) -> Result<QemuVm, HypervisorError> {
+    check(&spec)?;
+    let paths = Paths::in_dir(&spec.dir);
+    check_socket_path(&paths.vsock)?;
+    let id = spec.id.clone();
+    let slots = spec.attach_slots as usize;
+    let program = qemu.binary.display().to_string();
+
+    // Opening files and forking block.
+    let (driver, places) = (qemu.clone(), paths.clone());
+    let starting = tokio::task::spawn_blocking(move || start(&driver, spec, &places));
+    let mut started = starting
+        .await
+        .map_err(|e| io_error("run the launch", io::Error::other(e)))??;
+
+    let qmp = Qmp::new(paths.qmp.clone());
+    let outcome = tokio::select! {
+        biased;
+        ended = started.vmm.wait() => {
+            let ended = ended.map_err(|e| io_error("wait for qemu", e))?;
+            Err(HypervisorError::Died { program, reason: describe_end("qemu", ended, &paths.qemu_log) })
+        }
+        ended = started.backend.wait() => {
+            let ended = ended.map_err(|e| io_error("wait for the vsock backend", e))?;
+            let reason = describe_end("caisson-vhost-vsock", ended, &paths.backend_log);
+            Err(HypervisorError::Died { program: qemu.vsock_backend.display().to_string(), reason })
+        }
+        answer = crate::machine::first_answer(&qmp) => answer,
+    };
+    match outcome {
+        Ok(()) => {
+            started.armed = false;
+            let (vmm, backend) = (started.vmm.clone(), started.backend.clone());
+            Ok(QemuVm::new(id, paths, vmm, Some(backend), qmp, vec![None; slots]))
+        }
+        Err(error) => {
+            kill_all([&started.vmm, &started.backend].into_iter()).await?;
+            // A closed control socket is heard of before the end of the process that held it: say why it ended.
+            match (error, started.vmm.wait().await) {
+                (HypervisorError::Io { .. }, Ok(ended)) => Err(HypervisorError::Died {
+                    program: qemu.binary.display().to_string(),
+                    reason: describe_end("qemu", ended, &paths.qemu_log),
+                }),
+                (error, _) => Err(error),
+            }
+        }
+    }
+}
+
+fn io_error(what: impl Into<String>, source: io::Error) -> HypervisorError {
+    HypervisorError::Io {
+        what: what.into(),
+        source,
+    }
+}
+
+/// Serials end up in QEMU's command line and in the guest.
+pub(crate) fn check_serial(serial: &str) -> Result<(), HypervisorError> {
+    let well_formed = !serial.is_empty()
+        && serial.len() <= SERIAL_BYTES
+        && serial
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    if well_formed {
+        Ok(())
+    } else {
+        Err(HypervisorError::Spec(format!(
+            "disk serial {serial:?} is not made of 1 to {SERIAL_BYTES} letters, digits and hyphens"
+        )))
+    }
+}
+
+fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
+    let refuse = |text: String| Err(HypervisorError::Spec(text));
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    if spec.id.is_empty() || spec.id.len() > 128 || !spec.id.bytes().all(plain) {
+        return refuse(format!(
+            "VM id {:?} is not made of 1 to 128 letters, digits and hyphens",
+            spec.id
+        ));
+    }
+    if !(1..=VCPUS_MAX).contains(&spec.vcpus) || !(spec.vcpus..=VCPUS_MAX).contains(&spec.max_vcpus) {
+        return refuse(format!(
+            "{} vCPUs of at most {} do not fit 1 to {VCPUS_MAX}",
+            spec.vcpus, spec.max_vcpus
+        ));
+    }
+    if spec.memory_mib < MEMORY_MIN_MIB {
+        return refuse(format!(
+            "{} MiB of memory are less than {MEMORY_MIN_MIB}",
+            spec.memory_mib
+        ));
+    }
+    if spec.attach_slots as usize > MAX_SLOTS {
+        return refuse(format!(
+            "{} slots for disks are more than {MAX_SLOTS}",
+            spec.attach_slots
+        ));
+    }
+    if spec.nics.len() + spec.disks.len() > MAX_COLD_DEVICES {
+        return refuse(format!(
+            "{} NICs and {} disks at boot are more than {MAX_COLD_DEVICES} devices",
+            spec.nics.len(),
+            spec.disks.len()
+        ));
+    }
+    if let Some(nic) = spec.nics.iter().position(|nic| nic.queues.is_empty()) {
+        return refuse(format!("NIC {nic} has no open tap"));
+    }
+    match spec
+        .cmdline
+        .iter()
+        .find(|word| word.is_empty() || !word.bytes().all(|byte| byte.is_ascii_graphic()))
+    {
+        Some(word) => refuse(format!("{word:?} is no word of a kernel command line")),
+        None => Ok(()),
+    }
+}
+
+fn check_socket_path(path: &Path) -> Result<(), HypervisorError> {
+    if path.as_os_str().len() <= SOCKET_PATH_MAX {
+        return Ok(());
+    }
+    let text = format!(
+        "{} is longer than the {SOCKET_PATH_MAX} bytes of a socket's path",
+        path.display()
+    );
+    Err(HypervisorError::Spec(text))
+}
+
+/// Opens everything and starts both processes.
+fn start(qemu: &Qemu, spec: VmSpec, paths: &Paths) -> Result<Unfinished, HypervisorError> {
+    let opened = Opened::open(qemu, spec, paths)?;
+    let backend_socket = paths.dir.join("vhost.sock");
+    let backend_listener = listen(&backend_socket)?;
+    let vsock_listener = listen(&paths.vsock)?;
+    // Connected before anyone listens in earnest: the connection waits in the backlog, and QEMU needs no path.
+    let device =
+        UnixStream::connect(&backend_socket).map_err(|e| io_error("connect to the vsock backend", e))?;
+    std::fs::remove_file(&backend_socket).map_err(|e| io_error("remove the vsock backend's socket", e))?;
+
+    let mut command = DetachedCommand::new(
+        ProcessRole::Vsock,
+        &opened.spec.id,
+        qemu.vsock_backend.clone(),
+        paths.backend_log.clone(),
+    );
+    command.args = vec![
+        "--socket-fd".into(),
+        backend_listener.as_raw_fd().to_string().into(),
+        "--uds-fd".into(),
+        vsock_listener.as_raw_fd().to_string().into(),
+        "--cid".into(),
+        GUEST_CID.to_string().into(),
+    ];
+    command.fds = vec![backend_listener.into(), vsock_listener.into()];
+    confine(&mut command, qemu, opened.spec.cgroup.as_deref());
+    let backend = command.spawn()?;
+    match start_qemu(qemu, opened, device, paths) {
+        Ok(vmm) => Ok(Unfinished {
+            vmm,
+            backend,
+            armed: true,
+        }),
+        Err(error) => {
+            backend
+                .signal_kill()
+                .map_err(|e| io_error("kill the vsock backend", e))?;
+            Err(error)
+        }
+    }
+}
+
+fn start_qemu(
+    qemu: &Qemu,
+    opened: Opened,
+    device: UnixStream,
+    paths: &Paths,
+) -> Result<Process, HypervisorError> {
+    let mut command = DetachedCommand::new(
+        ProcessRole::Vmm,
+        &opened.spec.id,
+        qemu.binary.clone(),
+        paths.qemu_log.clone(),
+    );
+    command.args = arguments(&opened.plan(qemu, device.as_raw_fd()))
+        .into_iter()
+        .map(Into::into)
+        .collect();
+    confine(&mut command, qemu, opened.spec.cgroup.as_deref());
+    command.fds = opened.into_fds();
+    command.fds.push(device.into());
+    command.spawn()
+}
+
+/// What both processes have in common: no network, no System V IPC, no core dumps (they would hold the guest's memory), no way
+/// back to privilege, and the user asked for.
+fn confine(command: &mut DetachedCommand, qemu: &Qemu, cgroup: Option<&Path>) {
+    command.cgroup = cgroup.map(Path::to_owned);
+    command.confined = true;
+    command.rlimits = vec![(libc::RLIMIT_CORE, 0)];
+    if rustix::process::geteuid().is_root() {
+        command.unshare = libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    }
+    command.credentials = qemu.user.map(|(uid, gid)| Credentials {
+        uid,
+        gid,
+        groups: kvm_group(qemu.engine),
+    });
+}
+
+/// QEMU opens /dev/kvm by itself.
+fn kvm_group(engine: Engine) -> Vec<u32> {
+    match (engine, std::fs::metadata("/dev/kvm")) {
+        (Engine::Kvm, Ok(metadata)) => vec![metadata.gid()],
+        _ => Vec::new(),
+    }
+}
+
+fn listen(path: &Path) -> Result<UnixListener, HypervisorError> {
+    UnixListener::bind(path).map_err(|e| io_error(format!("listen on {}", path.display()), e))
+}
+
+/// All that QEMU gets, open.
+struct Opened {
+    spec: VmSpec,
+    kernel: File,
+    initramfs: File,
+    console: File,
+    qmp: UnixListener,
+    disks: Vec<File>,
+    /// For each NIC as many as it has queues, or none.
+    vhost: Vec<Vec<File>>,
+}
+
+impl Opened {
+    fn open(qemu: &Qemu, spec: VmSpec, paths: &Paths) -> Result<Self, HypervisorError> {
+        let kernel = open_boot_file(&spec.kernel, "kernel", qemu.user)?;
+        let initramfs = open_boot_file(&spec.initramfs, "initramfs", qemu.user)?;
+        let console = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&paths.console)
+            .map_err(|e| io_error(format!("open the console log {}", paths.console.display()), e))?;
+        let disks = spec.disks.iter().map(open_cold_disk).collect::<Result<_, _>>()?;
+        let vhost = spec.nics.iter().map(|nic| open_vhost(qemu.engine, nic)).collect();
+        Ok(Self {
+            kernel,
+            initramfs,
+            console,
+            qmp: listen(&paths.qmp)?,
+            disks,
+            vhost,
+            spec,
+        })
+    }
+
+    fn plan(&self, qemu: &Qemu, vsock: RawFd) -> Plan<'_> {
+        let raw = |fds: &[OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let nics = self
+            .spec
+            .nics
+            .iter()
+            .zip(&self.vhost)
+            .map(|(nic, vhost)| NicPlan {
+                queues: raw(&nic.queues),
+                vhost: vhost.iter().map(AsRawFd::as_raw_fd).collect(),
+                mac: nic.mac,
+                mtu: nic.mtu,
+            });
+        let disks = self
+            .spec
+            .disks
+            .iter()
+            .zip(&self.disks)
+            .map(|(disk, file)| DiskPlan {
+                fd: file.as_raw_fd(),
+                serial: &disk.serial,
+                read_only: disk.read_only,
+            });
+        Plan {
+            id: &self.spec.id,
+            engine: qemu.engine,
+            vcpus: self.spec.vcpus,
+            max_vcpus: self.spec.max_vcpus,
+            memory_mib: self.spec.memory_mib,
+            kernel: self.kernel.as_raw_fd(),
+            initramfs: self.initramfs.as_raw_fd(),
+            cmdline: &self.spec.cmdline,
+            qmp: self.qmp.as_raw_fd(),
+            console: self.console.as_raw_fd(),
+            vsock,
+            nics: nics.collect(),
+            disks: disks.collect(),
+            slots: self.spec.attach_slots as usize,
+        }
+    }
+
+    fn into_fds(self) -> Vec<OwnedFd> {
+        let mut fds: Vec<OwnedFd> = vec![
+            self.kernel.into(),
+            self.initramfs.into(),
+            self.console.into(),
+            self.qmp.into(),
+        ];
+        fds.extend(self.disks.into_iter().map(OwnedFd::from));
+        fds.extend(self.vhost.into_iter().flatten().map(OwnedFd::from));
+        fds.extend(self.spec.nics.into_iter().flat_map(|nic| nic.queues));
+        fds
+    }
+}
+
+/// QEMU opens kernel and initramfs once more through /proc/self/fd, where the file's own permissions count again.
+fn open_boot_file(path: &Path, what: &str, user: Option<(u32, u32)>) -> Result<File, HypervisorError> {
+    let failed = |e| io_error(format!("open the {what} {}", path.display()), e);
+    let file = File::open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(HypervisorError::Spec(format!(
+            "the {what} {} is not a file",
+            path.display()
+        )));
+    }
+    if let Some((uid, gid)) = user {
+        let readable = if metadata.uid() == uid {
+            0o400
+        } else if metadata.gid() == gid {
+            0o040
+        } else {
+            0o004
+        };
+        if metadata.mode() & readable == 0 {
+            let text = format!(
+                "the {what} {} is not readable for user {uid}, whom QEMU runs as",
+                path.display()
+            );
+            return Err(HypervisorError::Spec(text));
+        }
+    }
+    Ok(file)
+}
+
+/// The kernel's virtio-net back end saves a copy by QEMU; only worth it where the guest itself runs at speed.
+fn open_vhost(engine: Engine, nic: &Nic) -> Vec<File> {
+    if engine == Engine::Tcg {
+        return Vec::new();
+    }
+    let open = || OpenOptions::new().read(true).write(true).open("/dev/vhost-net");
+    nic.queues
+        .iter()
+        .map(|_| open())
+        .collect::<Result<_, _>>()
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            id: "0a".into(),
+            dir: "/nonexistent".into(),
+            kernel: "/nonexistent/kernel".into(),
+            initramfs: "/nonexistent/initramfs".into(),
+            cmdline: vec!["a=b".into()],
+            vcpus: 1,
+            max_vcpus: 1,
+            memory_mib: 128,
+            nics: Vec::new(),
+            disks: Vec::new(),
+            attach_slots: 4,
+            cgroup: None,
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut VmSpec)) -> String {
+        let mut spec = spec();
+        change(&mut spec);
+        check(&spec).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_refused_with_the_reason() {
+        check(&spec()).unwrap();
+        assert!(refusal(|s| s.id = "a,b".into()).contains("VM id \"a,b\""));
+        assert!(refusal(|s| s.vcpus = 0).contains("0 vCPUs"));
+        assert!(refusal(|s| s.vcpus = 2).contains("2 vCPUs of at most 1"));
+        assert!(refusal(|s| s.memory_mib = 3).contains("3 MiB"));
+        assert!(refusal(|s| s.attach_slots = 1000).contains("1000 slots"));
+        assert!(refusal(|s| s.cmdline.push("init=/bin/sh x".into())).contains("no word"));
+        assert!(
+            refusal(|s| s.nics.push(Nic {
+                queues: vec![],
+                mac: [0; 6],
+                mtu: 1500
+            }))
+            .contains("no open tap")
+        );
+    }
+
+    #[test]
+    fn serials_are_words_that_need_no_quoting() {
+        for good in ["a", "scratch", "layer-0", "ABCDEFGHIJ0123456789"] {
+            check_serial(good).unwrap();
+        }
+        for bad in ["", "a,b", "a b", "ABCDEFGHIJ01234567890", "ä", "a=b"] {
+            assert!(check_serial(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_boot_file_that_the_user_cannot_read_is_named_before_qemu_fails() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(file.path(), mode(0o640)).unwrap();
+        let error = open_boot_file(file.path(), "kernel", Some((65534, 65534)))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("not readable for user 65534"), "{error}");
+        std::fs::set_permissions(file.path(), mode(0o644)).unwrap();
+        open_boot_file(file.path(), "kernel", Some((65534, 65534))).unwrap();
+        assert!(open_boot_file(Path::new("/dev/null"), "kernel", None).is_err());
+    }
+}

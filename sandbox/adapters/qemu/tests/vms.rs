@@ -1,0 +1,386 @@
+//! Real QEMU processes, under TCG, with guests of a few instructions; one test boots the distribution's kernel.
+
+mod machine;
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, ProcessRole, Vm};
+use caisson_qemu::{Accelerator, Qemu, QemuConfig};
+use machine::{
+    Bench, LIMIT, backend, distribution_kernel, driver, driver_as, processes_of, sleeping_initramfs,
+};
+
+fn disk(serial: &str, path: PathBuf) -> Disk {
+    Disk {
+        serial: serial.into(),
+        path,
+        read_only: true,
+    }
+}
+
+fn vmm_pid(vm: &dyn Vm) -> i32 {
+    vm.record()
+        .processes
+        .iter()
+        .find(|p| p.role == ProcessRole::Vmm)
+        .unwrap()
+        .pid
+}
+
+#[tokio::test]
+async fn a_launched_vm_answers_takes_disks_and_is_gone_after_a_kill() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let mut spec = bench.spec();
+    spec.disks = vec![Disk {
+        read_only: false,
+        ..disk("scratch", bench.image("scratch.img", 1 << 20))
+    }];
+    let vm = driver.launch(spec).await.unwrap();
+    let record = vm.record();
+    assert_eq!(record.driver, "qemu");
+    assert_eq!(record.processes.len(), 2);
+    assert_eq!(record.processes[0].role, ProcessRole::Vmm);
+    assert_eq!(processes_of(&bench.id).len(), 2);
+    assert!(vm.vsock().exists() && vm.console().exists());
+
+    vm.attach(disk("one", bench.image("one.img", 1 << 20)))
+        .await
+        .unwrap();
+    vm.attach(disk("two", bench.image("two.img", 1 << 20)))
+        .await
+        .unwrap();
+    vm.attach(disk("three", bench.image("three.img", 1 << 20)))
+        .await
+        .unwrap();
+    assert_eq!(
+        vm.record().slots,
+        [Some("one".into()), Some("two".into()), Some("three".into())]
+    );
+    let error = vm.attach(disk("four", bench.path("one.img"))).await.unwrap_err();
+    assert!(
+        matches!(&error, HypervisorError::NoSlot { slots: 3, .. }),
+        "{error}"
+    );
+    vm.detach("never-attached").await.unwrap();
+
+    assert!(
+        tokio::time::timeout(Duration::from_millis(50), vm.wait())
+            .await
+            .is_err(),
+        "it still runs"
+    );
+    vm.kill().await.unwrap();
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+    assert_eq!(vm.wait().await.reason, "qemu was killed by signal 9");
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_disk_that_cannot_be_attached_leaves_its_slot_free() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let vm = driver.launch(bench.spec()).await.unwrap();
+    let missing = vm.attach(disk("a", bench.path("missing.img"))).await.unwrap_err();
+    assert!(missing.to_string().contains("missing.img"), "{missing}");
+    assert!(vm.attach(disk("a,b", bench.image("x.img", 512))).await.is_err());
+    assert!(vm.attach(disk("dir", bench.path("vm"))).await.is_err());
+    assert_eq!(vm.record().slots, [None, None, None]);
+    vm.attach(disk("a", bench.path("x.img"))).await.unwrap();
+    assert!(
+        vm.attach(disk("a", bench.path("x.img"))).await.is_err(),
+        "one serial, one disk"
+    );
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_disk_that_the_guest_does_not_release_is_a_deadline_and_keeps_its_slot() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let vm = driver.launch(bench.spec()).await.unwrap();
+    vm.attach(disk("held", bench.image("x.img", 1 << 20)))
+        .await
+        .unwrap();
+    let error = vm.detach("held").await.unwrap_err();
+    assert!(
+        error.to_string().contains("the guest's release of disk held"),
+        "{error}"
+    );
+    assert_eq!(vm.record().slots[0].as_deref(), Some("held"));
+    vm.attach(disk("next", bench.path("x.img"))).await.unwrap();
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vm_survives_its_daemon_and_is_adopted_with_its_disks() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let vm = driver.launch(bench.spec()).await.unwrap();
+    let before = vm.record();
+    vm.attach(disk("late", bench.image("late.img", 1 << 20)))
+        .await
+        .unwrap();
+    drop(vm);
+
+    // The journal may be older than the last attach: QEMU knows better.
+    let vm = driver.adopt(before.clone()).await.unwrap().expect("it runs");
+    assert_eq!(vm.record().slots, [Some("late".into()), None, None]);
+    assert_eq!(vm.record().processes, before.processes);
+    vm.attach(disk("later", bench.path("late.img"))).await.unwrap();
+    vm.kill().await.unwrap();
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+    assert!(
+        driver.adopt(before).await.unwrap().is_none(),
+        "a dead VM is not adopted"
+    );
+}
+
+#[tokio::test]
+async fn adopting_a_vm_without_its_vmm_kills_what_is_left() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let vm = driver.launch(bench.spec()).await.unwrap();
+    let record = vm.record();
+    let backend = record.processes[1].open().unwrap().unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(backend.reference().pid).unwrap(),
+        rustix::process::Signal::STOP,
+    )
+    .unwrap();
+    record.processes[0]
+        .open()
+        .unwrap()
+        .unwrap()
+        .kill(LIMIT)
+        .await
+        .unwrap();
+    assert!(record.processes[1].is_alive());
+    assert!(driver.adopt(record.clone()).await.unwrap().is_none());
+    assert!(!record.processes[1].is_alive());
+}
+
+#[tokio::test]
+async fn a_vm_that_loses_its_vsock_backend_ends_and_says_so() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let vm = driver.launch(bench.spec()).await.unwrap();
+    vm.record().processes[1]
+        .open()
+        .unwrap()
+        .unwrap()
+        .kill(LIMIT)
+        .await
+        .unwrap();
+    let exit = tokio::time::timeout(LIMIT, vm.wait()).await.unwrap();
+    assert!(exit.reason.contains("vsock backend was lost"), "{}", exit.reason);
+    assert_eq!(vm.wait().await, exit);
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn sweeping_finds_the_processes_of_a_vm_without_a_record() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    drop(driver.launch(bench.spec()).await.unwrap());
+    assert_eq!(driver.sweep(&bench.id).await.unwrap(), 2);
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+    assert_eq!(driver.sweep(&bench.id).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_wedged_qemu_is_adopted_and_killed_all_the_same() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let vm = driver.launch(bench.spec()).await.unwrap();
+    let pid = rustix::process::Pid::from_raw(vmm_pid(&*vm)).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    let attaching = {
+        let image = bench.image("x.img", 1 << 20);
+        async { vm.attach(disk("x", image)).await }
+    };
+    assert!(
+        tokio::time::timeout(Duration::from_millis(200), attaching)
+            .await
+            .is_err()
+    );
+    let asked = Instant::now();
+    vm.kill().await.unwrap();
+    assert!(
+        asked.elapsed() < Duration::from_secs(10),
+        "killing waited for QMP"
+    );
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn an_abandoned_launch_leaves_no_process() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let launching = driver.launch(bench.spec());
+    assert!(
+        tokio::time::timeout(Duration::from_millis(30), launching)
+            .await
+            .is_err()
+    );
+    let until = Instant::now() + LIMIT;
+    while !processes_of(&bench.id).is_empty() {
+        assert!(Instant::now() < until, "{:?} are left", processes_of(&bench.id));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_qemu_that_dies_at_start_is_quoted_and_leaves_no_process() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    fs::write(bench.path("kernel"), b"this is no kernel").unwrap();
+    let error = driver.launch(bench.spec()).await.err().unwrap();
+    assert!(matches!(error, HypervisorError::Died { .. }), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("qemu exited with status 1: ") && text.contains("kernel"),
+        "{text}"
+    );
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn a_backend_that_fails_is_the_one_that_is_blamed() {
+    let Some(_) = driver().await else { return };
+    let bench = Bench::new();
+    let script = bench.path("backend");
+    fs::write(&script, "#!/bin/sh\necho no vsock today >&2\nexit 7\n").unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let config = QemuConfig {
+        vsock_backend: script,
+        accelerator: Accelerator::Tcg,
+        ..QemuConfig::default()
+    };
+    let driver = Qemu::detect(config).await.unwrap();
+    let error = driver.launch(bench.spec()).await.err().unwrap().to_string();
+    assert!(error.contains("exited with status 7: no vsock today"), "{error}");
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn missing_files_are_named() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let mut spec = bench.spec();
+    spec.kernel = "/nonexistent/vmlinuz".into();
+    let error = driver.launch(spec).await.err().unwrap().to_string();
+    assert_eq!(error, "cannot open the kernel /nonexistent/vmlinuz");
+    assert_eq!(processes_of(&bench.id), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn missing_programs_are_named_with_a_way_out() {
+    let binary = Some(PathBuf::from("/nonexistent/qemu"));
+    let config = QemuConfig {
+        binary,
+        vsock_backend: backend(),
+        ..QemuConfig::default()
+    };
+    let error = Qemu::detect(config).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with("cannot start /nonexistent/qemu: No such file"),
+        "{error}"
+    );
+    let config = QemuConfig {
+        vsock_backend: "/nonexistent/backend".into(),
+        ..QemuConfig::default()
+    };
+    let Err(error) = Qemu::detect(config).await else {
+        panic!("found a backend that is not there")
+    };
+    assert!(
+        error.to_string().contains("serves the vsock device")
+            || error.to_string().contains("not found in PATH")
+    );
+}
+
+#[tokio::test]
+async fn the_choice_is_described_with_its_reason() {
+    let Some(driver) = driver().await else { return };
+    let text = driver.describe();
+    assert!(
+        text.starts_with("QEMU ") && text.contains("TCG") && text.contains("configuration asks"),
+        "{text}"
+    );
+    assert!(driver.is_emulated());
+}
+
+#[tokio::test]
+async fn both_processes_run_without_privilege_and_without_a_network() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: changing the user needs root");
+        return;
+    }
+    let Some(driver) = driver_as(Some((65534, 65534))).await else {
+        return;
+    };
+    let bench = Bench::new();
+    // The backend's program must be reachable for that user.
+    let reachable = bench.path("backend");
+    fs::copy(backend(), &reachable).unwrap();
+    drop(driver);
+    let config = QemuConfig {
+        vsock_backend: reachable,
+        accelerator: Accelerator::Tcg,
+        user: Some((65534, 65534)),
+        binary: None,
+    };
+    let driver = Qemu::detect(config).await.unwrap();
+    // Only root may look into the VM's directory and at its disks.
+    fs::set_permissions(bench.path("vm"), fs::Permissions::from_mode(0o700)).unwrap();
+    let image = bench.image("secret.img", 1 << 20);
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut spec = bench.spec();
+    spec.disks = vec![disk("cold", image.clone())];
+    let vm = driver.launch(spec).await.unwrap();
+    vm.attach(disk("hot", image)).await.unwrap();
+    for process in vm.record().processes {
+        let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
+        assert!(status.contains("Uid:\t65534\t65534\t65534\t65534"), "{status}");
+        assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
+        assert!(status.contains("CapBnd:\t0000000000000000"), "{status}");
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+        if process.role == ProcessRole::Vmm {
+            assert!(status.contains("Seccomp:\t2"), "{status}");
+        }
+        let network = fs::read_link(format!("/proc/{}/ns/net", process.pid)).unwrap();
+        assert_ne!(network, fs::read_link("/proc/self/ns/net").unwrap());
+    }
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_real_kernel_boots_takes_a_disk_and_gives_it_back() {
+    let Some(driver) = driver().await else { return };
+    let Some(kernel) = distribution_kernel() else {
+        return;
+    };
+    let bench = Bench::new();
+    fs::write(bench.path("initramfs"), sleeping_initramfs()).unwrap();
+    let mut spec = bench.spec();
+    spec.kernel = kernel;
+    spec.memory_mib = 160;
+    let vm = driver.launch(spec).await.unwrap();
+    bench.console_shows(&*vm, "UP").await;
+    for round in 0..2 {
+        vm.attach(disk("data", bench.image("data.img", 1 << 20)))
+            .await
+            .unwrap();
+        assert_eq!(vm.record().slots[0].as_deref(), Some("data"), "round {round}");
+        vm.detach("data").await.unwrap();
+        assert_eq!(vm.record().slots, [None, None, None], "round {round}");
+    }
+    vm.kill().await.unwrap();
+    assert!(!Path::new(&format!("/proc/{}", vmm_pid(&*vm))).exists());
+}
