@@ -3,10 +3,21 @@
 //! Owns network namespaces, the execution of CNI plugins, netlink and taps. Must not know Pods as objects (it gets an id and names to
 //! pass on) or VMs (it hands out an open tap).
 
-use std::{collections::BTreeMap, net::IpAddr, os::fd::OwnedFd, path::PathBuf, time::Duration};
+mod attachment;
+mod cni;
+mod error;
+mod namespace;
+mod observed;
+mod plan;
+mod tap;
+mod wiring;
+
+use std::{collections::BTreeMap, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+pub use error::{Execution, NetError, NetErrorKind};
 
 /// Where things are, decided by the composition root.
 #[derive(Debug, Clone)]
@@ -26,7 +37,7 @@ pub struct NetworkConfig {
 /// The node's pod network. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Network {
-    _config: NetworkConfig,
+    config: Arc<NetworkConfig>,
 }
 
 /// What a caller says about a pod's network.
@@ -128,37 +139,26 @@ pub struct Dns {
     pub options: Vec<String>,
 }
 
-#[allow(
-    clippy::todo,
-    clippy::unused_async,
-    unused_variables,
-    reason = "laid out for the rooms that build on it; replaced by the implementation"
-)]
 impl Network {
     /// A network with this configuration; nothing is touched yet.
     #[must_use]
     pub fn new(config: NetworkConfig) -> Self {
-        Self { _config: config }
+        Self {
+            config: Arc::new(config),
+        }
     }
     /// Whether a pod could get a network now: configuration loads, plugins are there, STATUS (CNI 1.1) is fine. The error is the reason.
     pub async fn status(&self) -> Result<(), NetError> {
-        todo!()
+        self.check().await
     }
-    /// Makes namespace, CNI interfaces and taps for pod `id`. On error everything is undone (DEL included).
+    /// Makes namespace, CNI interfaces and taps for pod `id`. On error everything is undone (DEL included), except that a namespace
+    /// which was there before stays. Dropping the future kills the plugin that runs; [`Network::teardown`] then undoes the rest.
     pub async fn setup(&self, id: &str, spec: &PodNetworkSpec) -> Result<PodNetwork, NetError> {
-        todo!()
+        self.attach(id, spec).await
     }
     /// Takes everything of pod `id` down: taps, CNI DEL with the cached result, namespace. Idempotent, works when the namespace or
     /// the cache is already gone; goes on after failures and answers all of them together.
     pub async fn teardown(&self, id: &str, spec: &PodNetworkSpec) -> Result<(), NetError> {
-        todo!()
+        self.detach(id, spec).await
     }
-}
-
-/// Why a network could not be made or taken down.
-#[derive(Debug, thiserror::Error)]
-pub enum NetError {
-    /// No usable CNI configuration.
-    #[error("no CNI network configuration in {0}")]
-    NoConfiguration(PathBuf),
 }
