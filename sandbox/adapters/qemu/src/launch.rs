@@ -12,17 +12,18 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use caisson_hypervisor::{
-    Credentials, DetachedCommand, HypervisorError, Nic, Process, ProcessRole, SERIAL_BYTES, VmSpec,
+    Credentials, DetachedCommand, Ended, HypervisorError, Nic, Process, ProcessRole, SERIAL_BYTES, VmSpec,
 };
 
 use crate::{
     Engine, Qemu,
     arguments::{DiskPlan, MAX_COLD_DEVICES, MAX_SLOTS, NicPlan, Plan, arguments},
     disks::open_cold_disk,
-    machine::{QemuVm, describe_end, kill_all},
+    machine::{QemuVm, describe_end, first_answer, kill_all},
     qmp::Qmp,
 };
 
@@ -34,6 +35,9 @@ const SOCKET_PATH_MAX: usize = 107;
 const MEMORY_MIN_MIB: u64 = 32;
 /// What QEMU's q35 machine takes without an interrupt remapper.
 const VCPUS_MAX: u32 = 255;
+
+/// How long the processes of a failed start get to end by themselves.
+const END_GRACE: Duration = Duration::from_secs(1);
 
 /// Where the files of a VM are.
 #[derive(Debug, Clone)]
@@ -93,7 +97,6 @@ pub(crate) async fn launch(qemu: &Qemu, spec: VmSpec) -> Result<QemuVm, Hypervis
     check_socket_path(&paths.vsock)?;
     let id = spec.id.clone();
     let slots = spec.attach_slots as usize;
-    let program = qemu.binary.display().to_string();
 
     // Opening files and forking block.
     let (driver, places) = (qemu.clone(), paths.clone());
@@ -105,16 +108,9 @@ pub(crate) async fn launch(qemu: &Qemu, spec: VmSpec) -> Result<QemuVm, Hypervis
     let qmp = Qmp::new(paths.qmp.clone());
     let outcome = tokio::select! {
         biased;
-        ended = started.vmm.wait() => {
-            let ended = ended.map_err(|e| io_error("wait for qemu", e))?;
-            Err(HypervisorError::Died { program, reason: describe_end("qemu", ended, &paths.qemu_log) })
-        }
-        ended = started.backend.wait() => {
-            let ended = ended.map_err(|e| io_error("wait for the vsock backend", e))?;
-            let reason = describe_end("caisson-vhost-vsock", ended, &paths.backend_log);
-            Err(HypervisorError::Died { program: qemu.vsock_backend.display().to_string(), reason })
-        }
-        answer = crate::machine::first_answer(&qmp) => answer,
+        _ = started.vmm.wait() => Err(None),
+        _ = started.backend.wait() => Err(None),
+        answer = first_answer(&qmp) => answer.map_err(Some),
     };
     match outcome {
         Ok(()) => {
@@ -122,17 +118,43 @@ pub(crate) async fn launch(qemu: &Qemu, spec: VmSpec) -> Result<QemuVm, Hypervis
             let (vmm, backend) = (started.vmm.clone(), started.backend.clone());
             Ok(QemuVm::new(id, paths, vmm, Some(backend), qmp, vec![None; slots]))
         }
-        Err(error) => {
-            kill_all([&started.vmm, &started.backend].into_iter()).await?;
-            // A closed control socket is heard of before the end of the process that held it: say why it ended.
-            match (error, started.vmm.wait().await) {
-                (HypervisorError::Io { .. }, Ok(ended)) => Err(HypervisorError::Died {
-                    program: qemu.binary.display().to_string(),
-                    reason: describe_end("qemu", ended, &paths.qemu_log),
-                }),
-                (error, _) => Err(error),
-            }
-        }
+        Err(heard) => Err(explain(qemu, &started, &paths, heard).await),
+    }
+}
+
+/// Ends both processes and says which of them failed. Each ends soon after the other, and QEMU's control socket closes before either is
+/// seen to end: so they get a moment to end by themselves, and their exit statuses tell who was first.
+async fn explain(
+    qemu: &Qemu,
+    started: &Unfinished,
+    paths: &Paths,
+    heard: Option<HypervisorError>,
+) -> HypervisorError {
+    let both = async { (started.vmm.wait().await, started.backend.wait().await) };
+    if !matches!(heard, Some(HypervisorError::Deadline { .. })) {
+        tokio::time::timeout(END_GRACE, both).await.ok();
+    }
+    let ended = (started.vmm.has_ended(), started.backend.has_ended());
+    if let Err(error) = kill_all([&started.vmm, &started.backend].into_iter()).await {
+        return error;
+    }
+    let (Ok(vmm), Ok(backend)) = (started.vmm.wait().await, started.backend.wait().await) else {
+        return HypervisorError::Died {
+            program: qemu.binary.display().to_string(),
+            reason: "its processes cannot be waited for".into(),
+        };
+    };
+    match (ended, heard) {
+        // The backend ends well when QEMU has gone.
+        ((_, true), _) if backend != Ended::Exited(0) => HypervisorError::Died {
+            program: qemu.vsock_backend.display().to_string(),
+            reason: describe_end("caisson-vhost-vsock", backend, &paths.backend_log),
+        },
+        ((false, false), Some(error)) => error,
+        _ => HypervisorError::Died {
+            program: qemu.binary.display().to_string(),
+            reason: describe_end("qemu", vmm, &paths.qemu_log),
+        },
     }
 }
 

@@ -1,5 +1,7 @@
 //! Real QEMU processes, under TCG, with guests of a few instructions; one test boots the distribution's kernel.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 mod machine;
 
 use std::{
