@@ -14,11 +14,9 @@ TARGET := x86_64-unknown-linux-gnu
 AGENT := target/$(TARGET)/guest/caisson-agent
 GUEST := guest/out
 RUN ?= /tmp/caisson
-CRI_TOOLS := v1.36.0
-# A container image that fits this machine's cargo: quiet unless something fails.
 CARGO ?= cargo
 
-.PHONY: help setup build agent guest guest-tuned demo test unit e2e check bench run crictl clean-cache
+.PHONY: help setup build agent guest guest-tuned demo test unit e2e check bench run crictl
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -49,7 +47,7 @@ demo: build guest
 unit: setup
 	$(CARGO) test --workspace --exclude caisson-e2e
 
-e2e: build guest
+e2e: build guest crictl
 	$(CARGO) test --release -p caisson-e2e -- --test-threads=1
 
 test: check unit e2e
@@ -65,8 +63,4 @@ run: build guest
 	./tests/run-by-hand.sh $(RUN)
 
 crictl: setup
-	@test -x $(CAISSON_CACHE)/bin/crictl-$(CRI_TOOLS) || { \
-		echo "building crictl $(CRI_TOOLS) (about 3 minutes)"; \
-		GOBIN=$(CAISSON_CACHE)/bin/build-$(CRI_TOOLS) go install -ldflags '-X sigs.k8s.io/cri-tools/pkg/version.Version=$(CRI_TOOLS)' sigs.k8s.io/cri-tools/cmd/crictl@$(CRI_TOOLS) && \
-		mv $(CAISSON_CACHE)/bin/build-$(CRI_TOOLS)/crictl $(CAISSON_CACHE)/bin/crictl-$(CRI_TOOLS); }
-	@ln -sf crictl-$(CRI_TOOLS) $(CAISSON_CACHE)/bin/crictl
+	@./tests/peers.sh $(CAISSON_CACHE)/bin crictl

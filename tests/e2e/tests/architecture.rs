@@ -1,0 +1,83 @@
+//! The direction of dependencies that ARCHITECTURE.md draws, checked against what cargo says.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use caisson_e2e::{checkout, host::text};
+
+/// Which rooms each room may depend on.
+const ALLOWED: &[(&str, &[&str])] = &[
+    (
+        "caissond",
+        &["caisson-cri-api", "caisson-hypervisor", "caisson-image", "caisson-net", "caisson-qemu", "caisson-sandbox"],
+    ),
+    ("caisson-cri-api", &[]),
+    ("caisson-image", &["caisson-erofs"]),
+    ("caisson-erofs", &[]),
+    (
+        "caisson-sandbox",
+        &["caisson-agent-api", "caisson-guest", "caisson-hypervisor", "caisson-lifecycle", "caisson-net"],
+    ),
+    ("caisson-lifecycle", &[]),
+    ("caisson-guest", &["caisson-agent-api"]),
+    ("caisson-hypervisor", &[]),
+    ("caisson-qemu", &["caisson-hypervisor"]),
+    ("caisson-net", &[]),
+    ("caisson-agent", &["caisson-agent-api"]),
+    ("caisson-agent-api", &[]),
+    ("caisson-devices", &[]),
+    ("caisson-vhost-vsock", &["caisson-devices"]),
+    ("caisson-e2e", &[]),
+];
+
+/// Crates that only some rooms may use, because knowing them means knowing too much.
+const RESERVED: &[(&str, &[&str])] = &[
+    ("rtnetlink", &["caisson-net"]),
+    ("oci-client", &["caisson-image"]),
+    ("k8s-cri", &["caisson-e2e"]),
+    ("virtio-queue", &["caisson-devices"]),
+];
+
+#[test]
+fn dependencies_point_one_way() -> Result<()> {
+    let metadata = text(Command::new("cargo").current_dir(checkout()).args(["metadata", "--no-deps", "--offline", "--format-version=1"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
+    let mut rooms = BTreeMap::new();
+    for package in metadata["packages"].as_array().context("no packages")? {
+        let name = package["name"].as_str().context("no name")?;
+        let dependencies: BTreeSet<&str> = package["dependencies"]
+            .as_array()
+            .context("no dependencies")?
+            .iter()
+            // Tests may use what they like.
+            .filter(|d| d["kind"] != "dev")
+            .filter_map(|d| d["name"].as_str())
+            .collect();
+        rooms.insert(name, dependencies);
+    }
+    let allowed: BTreeMap<_, _> = ALLOWED.iter().copied().collect();
+    for (room, dependencies) in &rooms {
+        let may = allowed.get(room).with_context(|| format!("{room} is not in the list of rooms"))?;
+        for dependency in dependencies.iter().filter(|d| rooms.contains_key(*d)) {
+            ensure!(may.contains(dependency), "{room} must not depend on {dependency}");
+        }
+    }
+    for (library, owners) in RESERVED {
+        for (room, dependencies) in &rooms {
+            ensure!(!dependencies.contains(library) || owners.contains(room), "{room} must not use {library}: {owners:?} own it");
+        }
+    }
+    // The pure room stays pure.
+    for impure in ["tokio", "tonic", "rustix", "libc", "nix"] {
+        ensure!(!rooms["caisson-lifecycle"].contains(impure), "caisson-lifecycle must not use {impure}");
+    }
+    for asynchronous in ["tokio", "tonic"] {
+        for room in ["caisson-devices", "caisson-vhost-vsock"] {
+            ensure!(!rooms[room].contains(asynchronous), "{room} must not use {asynchronous}");
+        }
+    }
+    Ok(())
+}

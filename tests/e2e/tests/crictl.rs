@@ -1,0 +1,74 @@
+//! The README's example by hand: crictl, built from its own sources, with no help of ours.
+
+use std::{fs, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use caisson_e2e::{
+    checkout,
+    daemon::{Daemon, Product},
+    eventually,
+    host::{Host, text},
+    image,
+    registry::Registry,
+    run,
+};
+
+#[test]
+fn crictl_runs_the_pod_of_the_readme() -> Result<()> {
+    let cache = std::env::var_os("CAISSON_CACHE").map_or_else(
+        || std::path::PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/caisson"),
+        std::path::PathBuf::from,
+    );
+    let crictl = cache.join("bin/crictl");
+    ensure!(crictl.exists(), "{} is missing: run `make crictl` first", crictl.display());
+
+    let host = Host::enter()?;
+    let before = host.leftovers()?;
+    run(async {
+        let registry = Registry::start(&host.dir().join("registry")).await?;
+        let image = registry.push("demo/busybox", "1", &image::busybox()?)?;
+        let daemon = Daemon::start(&host, &Product::find()?, &[]).await?;
+        let endpoint = format!("unix://{}", daemon.socket().display());
+        // crictl waits two seconds by default; an emulated VM takes longer to boot.
+        let crictl = |arguments: &[&str]| -> Result<String> {
+            let answer = text(
+                Command::new(&crictl).args(["-t", "60s", "-r", &endpoint, "-i", &endpoint, "--config", "/dev/null"]).args(arguments),
+            )?;
+            Ok(answer.trim().to_owned())
+        };
+
+        // The README's files, with this test's registry and directories in place of the reader's.
+        let readme = fs::read_to_string(checkout().join("README.md"))?;
+        let file = |name: &str| -> Result<String> {
+            let after = readme.split_once(&format!("cat >{name} <<EOF\n")).with_context(|| format!("no {name} in the README"))?.1;
+            let content = after.split_once("\nEOF\n").with_context(|| format!("{name} has no end in the README"))?.0;
+            let content = content
+                .replace("127.0.0.1:5000/demo/busybox:1", &image)
+                .replace("/tmp/caisson/logs", &host.log_dir("hello")?.display().to_string());
+            let path = host.dir().join(name);
+            fs::write(&path, content)?;
+            Ok(path.display().to_string())
+        };
+        let (pod, container) = (file("pod.json")?, file("container.json")?);
+
+        ensure!(crictl(&["version"])?.contains("caisson"));
+        crictl(&["pull", &image])?;
+        ensure!(crictl(&["images"])?.contains("demo/busybox"));
+        let pod_id = crictl(&["runp", &pod])?;
+        let id = crictl(&["create", &pod_id, &container, &pod])?;
+        crictl(&["start", &id])?;
+        ensure!(crictl(&["ps"])?.contains(&id[..12]));
+        eventually("the container's log", std::time::Duration::from_secs(20), async || {
+            crictl(&["logs", &id]).ok().filter(|log| log.contains("hello from a VM"))
+        })
+        .await?;
+        ensure!(crictl(&["exec", "-s", &id, "uname", "-s"])? == "Linux");
+        // Prefixes of ids are enough, as with other runtimes.
+        crictl(&["inspect", &id[..12]])?;
+        crictl(&["inspectp", &pod_id[..12]])?;
+        crictl(&["stopp", &pod_id[..12]])?;
+        crictl(&["rmp", &pod_id[..12]])?;
+        ensure!(crictl(&["pods", "-q"])?.is_empty());
+        host.leftovers()?.nothing_new_since(&before)
+    })
+}
