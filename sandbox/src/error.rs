@@ -116,7 +116,7 @@ pub enum SandboxError {
         what: String,
         /// The cause.
         #[source]
-        source: NetError,
+        source: Box<NetError>,
     },
     /// The VM ended when it should not have.
     #[error("the VM of pod sandbox {id} ended: {reason}")]

@@ -4,15 +4,41 @@
 //! undo, stop, and what is remembered on disk. Must not know CRI types, gRPC servers, how images are fetched, which hypervisor runs
 //! (it has the port), or how CNI is called (it has `caisson-net`).
 
+mod actor;
+mod boot;
+mod cgroup;
+mod console;
+mod container;
+mod containers;
 mod error;
+mod files;
+mod identity;
+mod journal;
 mod networks;
+mod recovery;
+mod registry;
+mod scratch;
 pub mod spec;
+mod undo;
 pub mod view;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
 
 use caisson_hypervisor::Hypervisor;
 use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+};
+
+use actor::{Actor, Inbox};
+use cgroup::Cgroups;
+use journal::{Journal, PodPhase, PodRecord};
+use registry::{Handle, Node, Outcome, Registry, Reply, Request, Terminate};
 
 pub use caisson_agent_api::v1 as guest;
 pub use error::{ErrorKind, SandboxError};
@@ -62,15 +88,16 @@ pub struct SandboxesConfig {
 /// All pods of this node. Cheap to clone; methods only message actors, so dropping a returned future loses nothing.
 #[derive(Clone)]
 pub struct Sandboxes {
-    _inner: Arc<()>,
+    inner: Arc<Inner>,
 }
 
-#[allow(
-    clippy::todo,
-    clippy::unused_async,
-    unused_variables,
-    reason = "laid out for the rooms that build on it; replaced by the actor"
-)]
+struct Inner {
+    node: Arc<Node>,
+    registry: Arc<Registry>,
+    /// Ended with the last clone; VMs go on.
+    actors: Mutex<JoinSet<()>>,
+}
+
 impl Sandboxes {
     /// Reads the journal, adopts what still runs, cleans up what does not, and starts serving.
     pub async fn open(
@@ -78,66 +105,306 @@ impl Sandboxes {
         hypervisor: Arc<dyn Hypervisor>,
         network: Arc<dyn PodNetworks>,
     ) -> Result<Self, SandboxError> {
-        todo!()
+        let (root, run) = (config.root.clone(), config.run.clone());
+        let (journal, cgroups) = journal::blocking(move || {
+            journal::private_dir(&run.join("vm"))?;
+            scratch::sweep(&root)?;
+            Ok((Journal::open(&root)?, Cgroups::detect()))
+        })
+        .await?;
+        let host_cpus =
+            std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+        let node = Arc::new(Node {
+            config,
+            hypervisor,
+            network,
+            journal,
+            cgroups,
+            host_cpus,
+            template_lane: tokio::sync::Mutex::default(),
+        });
+        let inner = Inner {
+            node,
+            registry: Arc::default(),
+            actors: Mutex::default(),
+        };
+        for (actor, inbox) in recovery::recover(&inner.node, &inner.registry).await? {
+            inner.serve(actor, inbox);
+        }
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
+
+    /// Stops serving, in an order that leaves nothing half written. VMs and containers go on; a boot that goes on is rolled back by the
+    /// next [`Sandboxes::open`]. Every later call finds no pods.
+    pub async fn close(&self) {
+        self.inner.registry.clear();
+        let mut actors =
+            std::mem::take(&mut *self.inner.actors.lock().unwrap_or_else(PoisonError::into_inner));
+        while actors.join_next().await.is_some() {}
+    }
+
     /// Runs a pod. A retry with the same identity joins the call in progress; a pod of the same identity that is ready is answered as it is.
     pub async fn run(&self, spec: spec::PodSpec) -> Result<SandboxId, SandboxError> {
-        todo!()
+        let identity = spec.identity.clone();
+        let (id, handle) = self.inner.registry.reserve(&identity, || self.inner.boot(spec));
+        let mut outcome = handle.outcome.clone();
+        let joined = matches!(*outcome.borrow(), Outcome::Pending);
+        let end = match outcome
+            .wait_for(|outcome| !matches!(outcome, Outcome::Pending))
+            .await
+        {
+            Ok(end) => end.clone(),
+            Err(_) => return Err(SandboxError::Gone(id.0)),
+        };
+        match end {
+            Outcome::Failed(error) if joined => Err(error.into()),
+            Outcome::Ready if joined || handle.latest().sandbox.state == view::SandboxState::Ready => Ok(id),
+            _ => Err(SandboxError::NameTaken {
+                name: format!(
+                    "pod sandbox name {}/{} uid {} attempt {}",
+                    identity.namespace, identity.name, identity.uid, identity.attempt
+                ),
+                id: format!("pod sandbox {}, which is not ready", id.0),
+            }),
+        }
     }
+
     /// Stops a pod: kills its VM, tears the network down. Idempotent; unknown ids are Ok.
     pub async fn stop(&self, id: &str) -> Result<(), SandboxError> {
-        todo!()
+        self.terminate(id, Terminate::Stop).await
     }
+
     /// Removes a pod and its containers (stopping it first). Idempotent; unknown ids are Ok.
     pub async fn remove(&self, id: &str) -> Result<(), SandboxError> {
-        todo!()
+        self.terminate(id, Terminate::Remove).await
     }
+
+    async fn terminate(
+        &self,
+        id: &str,
+        ask: impl FnOnce(Reply<()>) -> Terminate,
+    ) -> Result<(), SandboxError> {
+        let handle = match self.inner.registry.pod(id) {
+            Err(SandboxError::NoSandbox(_)) => return Ok(()),
+            other => other?,
+        };
+        let id = handle.latest().sandbox.id.0.clone();
+        let (reply, answer) = oneshot::channel();
+        if let Err(mpsc::error::TrySendError::Full(_)) = handle.terminate.try_send(ask(reply)) {
+            return Err(SandboxError::Busy(id));
+        }
+        match answer.await {
+            Ok(result) => result,
+            // Removed before it read the message.
+            Err(_) if self.inner.registry.pod(&id).is_err() => Ok(()),
+            Err(_) => Err(SandboxError::Gone(id)),
+        }
+    }
+
     /// One pod. `id` may be a unique prefix, here and below.
     pub async fn status(&self, id: &str) -> Result<view::SandboxView, SandboxError> {
-        todo!()
+        Ok(self.inner.registry.pod(id)?.latest().sandbox.clone())
     }
-    /// All pods.
+
+    /// All pods that RunPodSandbox has answered with, or that an earlier daemon left.
     pub async fn list(&self) -> Vec<view::SandboxView> {
-        todo!()
+        let latest = self
+            .inner
+            .registry
+            .handles()
+            .into_iter()
+            .map(|handle| handle.latest());
+        latest
+            .filter(|latest| latest.listed)
+            .map(|latest| latest.sandbox.clone())
+            .collect()
     }
+
     /// Creates a container. A retry with the same name and attempt joins the call in progress.
     pub async fn create_container(
         &self,
         sandbox: &str,
         spec: spec::ContainerSpec,
     ) -> Result<ContainerId, SandboxError> {
-        todo!()
+        spec.check()?;
+        let handle = self.inner.registry.pod(sandbox)?;
+        let spec = Box::new(spec);
+        self.ask(&handle, "container creation", |reply| Request::Create {
+            spec,
+            reply,
+        })
+        .await
     }
+
     /// Starts a created container.
     pub async fn start_container(&self, id: &str) -> Result<(), SandboxError> {
-        todo!()
+        let (handle, view) = self.inner.registry.container(id)?;
+        self.ask(&handle, "container start", |reply| Request::Start {
+            id: view.id,
+            reply,
+        })
+        .await
     }
+
     /// Sends the stop signal, and SIGKILL after `grace`. Idempotent; unknown ids are Ok.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), SandboxError> {
-        todo!()
+        let Some((handle, view)) = self.known_container(id)? else {
+            return Ok(());
+        };
+        let id = view.id.clone();
+        let result = self
+            .ask(&handle, "container stop", |reply| Request::Stop {
+                id: view.id,
+                grace,
+                reply,
+            })
+            .await;
+        match result {
+            // The pod's own end was faster.
+            Err(SandboxError::Cancelled { .. }) if self.has_ended(&id) => Ok(()),
+            other => other,
+        }
     }
+
     /// Removes a container (killing it first). Idempotent; unknown ids are Ok.
     pub async fn remove_container(&self, id: &str) -> Result<(), SandboxError> {
-        todo!()
+        let Some((handle, view)) = self.known_container(id)? else {
+            return Ok(());
+        };
+        self.ask(&handle, "container removal", |reply| Request::Remove {
+            id: view.id,
+            reply,
+        })
+        .await
     }
+
     /// One container.
     pub async fn container_status(&self, id: &str) -> Result<view::ContainerView, SandboxError> {
-        todo!()
+        Ok(self.inner.registry.container(id)?.1)
     }
+
     /// All containers.
     pub async fn list_containers(&self) -> Vec<view::ContainerView> {
-        todo!()
+        let latest = self
+            .inner
+            .registry
+            .handles()
+            .into_iter()
+            .map(|handle| handle.latest());
+        latest.flat_map(|latest| latest.containers.clone()).collect()
     }
+
     /// Runs a command in a running container and collects what it prints.
     pub async fn exec_sync(&self, id: &str, exec: spec::ExecSpec) -> Result<spec::ExecOutput, SandboxError> {
-        todo!()
+        let (handle, view) = self.inner.registry.container(id)?;
+        self.ask(&handle, "command", |reply| Request::Exec {
+            id: view.id,
+            exec,
+            reply,
+        })
+        .await
     }
+
     /// Closes and opens the container's log file again, after rotation.
     pub async fn reopen_log(&self, id: &str) -> Result<(), SandboxError> {
-        todo!()
+        let (handle, view) = self.inner.registry.container(id)?;
+        self.ask(&handle, "log rotation", |reply| Request::ReopenLog {
+            id: view.id,
+            reply,
+        })
+        .await
     }
+
     /// Image disks that containers use, so that image removal keeps them.
     pub async fn images_in_use(&self) -> Vec<String> {
-        todo!()
+        let handles = self.inner.registry.handles();
+        let mut images: Vec<String> = handles
+            .into_iter()
+            .flat_map(|handle| handle.latest().images.clone())
+            .collect();
+        images.sort();
+        images.dedup();
+        images
     }
+
+    fn known_container(&self, id: &str) -> Result<Option<(Handle, view::ContainerView)>, SandboxError> {
+        match self.inner.registry.container(id) {
+            Err(SandboxError::NoContainer(_)) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    fn has_ended(&self, id: &ContainerId) -> bool {
+        match self.inner.registry.container(&id.0) {
+            Ok((_, view)) => matches!(view.state, view::ContainerState::Exited { .. }),
+            Err(_) => true,
+        }
+    }
+
+    async fn ask<T>(
+        &self,
+        handle: &Handle,
+        what: &str,
+        request: impl FnOnce(Reply<T>) -> Request,
+    ) -> Result<T, SandboxError> {
+        let (reply, answer) = oneshot::channel();
+        if let Err(mpsc::error::TrySendError::Full(_)) = handle.requests.try_send(request(reply)) {
+            return Err(SandboxError::Busy(handle.latest().sandbox.id.0.clone()));
+        }
+        match answer.await {
+            Ok(result) => result,
+            Err(_) => Err(SandboxError::Cancelled {
+                what: format!("{what} in pod sandbox {}", handle.latest().sandbox.id.0),
+                why: "the pod sandbox was stopped",
+            }),
+        }
+    }
+}
+
+impl Inner {
+    fn boot(&self, spec: spec::PodSpec) -> (SandboxId, Handle) {
+        let id = SandboxId(new_id());
+        let record = PodRecord {
+            id: id.clone(),
+            spec,
+            created_at: SystemTime::now(),
+            phase: PodPhase::Booting,
+            vm: None,
+            ips: Vec::new(),
+            cgroup: None,
+            info: serde_json::Value::Null,
+        };
+        let (actor, inbox, handle) = Actor::new(self.node.clone(), Arc::downgrade(&self.registry), record);
+        self.serve(actor, inbox);
+        (id, handle)
+    }
+
+    fn serve(&self, actor: Actor, inbox: Inbox) {
+        use tracing::Instrument;
+        let identity = &actor.record.spec.identity;
+        let span = tracing::info_span!(
+            "sandbox",
+            sandbox.id = %actor.record.id.0,
+            pod.namespace = identity.namespace,
+            pod.name = identity.name,
+        );
+        let mut actors = self.actors.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(ended) = actors.try_join_next() {
+            if let Err(error) = ended {
+                tracing::error!(%error, "actor of a pod sandbox ended badly");
+            }
+        }
+        actors.spawn(actor.run(inbox).instrument(span));
+    }
+}
+
+/// 64 hexadecimal digits that nobody can guess and nobody else has.
+pub(crate) fn new_id() -> String {
+    format!(
+        "{}{}",
+        uuid::Uuid::new_v4().simple(),
+        uuid::Uuid::new_v4().simple()
+    )
 }

@@ -1,10 +1,15 @@
 //! What callers ask for: pods and containers in the words of this domain. CRI types stop before here.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+};
 
 use caisson_agent_api::v1 as guest;
 use caisson_net::PodNetworkSpec;
 use serde::{Deserialize, Serialize};
+
+use crate::SandboxError;
 
 /// A pod to run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -83,6 +88,37 @@ pub struct ContainerSpec {
     pub stop_signal: u32,
     /// Mounts as the caller asked for them, answered in the container's status.
     pub mounts: Vec<MountRecord>,
+}
+
+impl ContainerSpec {
+    /// Absolute path of the log file; `None` when the container is not logged.
+    pub(crate) fn log_file(&self, log_directory: &Path) -> Option<PathBuf> {
+        let file = self.log_path.as_ref()?;
+        (!log_directory.as_os_str().is_empty() && !file.as_os_str().is_empty())
+            .then(|| log_directory.join(file))
+    }
+
+    /// What no caller may ask.
+    pub(crate) fn check(&self) -> Result<(), SandboxError> {
+        let plain = |path: &Path| path.components().all(|part| matches!(part, Component::Normal(_)));
+        if let Some(path) = self.log_path.as_deref().filter(|path| !plain(path)) {
+            return Err(SandboxError::Invalid {
+                what: format!("log_path {:?}", path.display()),
+                reason: "it is not a plain path below the pod's log directory".into(),
+            });
+        }
+        let relative = self
+            .files
+            .iter()
+            .find(|file| !file.container_path.starts_with('/'));
+        if let Some(file) = relative {
+            return Err(SandboxError::Invalid {
+                what: format!("container_path {:?}", file.container_path),
+                reason: "it is not absolute".into(),
+            });
+        }
+        Ok(())
+    }
 }
 
 /// An image, as much of it as a container needs.

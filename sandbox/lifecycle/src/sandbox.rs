@@ -134,20 +134,20 @@ pub fn step(state: State, event: Event) -> (State, Vec<Effect>) {
         ) => (
             stopping(goal, Phase::CleanUp),
             vec![
-                Do::KillContainers,
                 Do::CleanUp {
                     deep: goal != Goal::Stop,
                 },
+                Do::KillContainers,
             ],
         ),
         (S::Ready, Event::VmExited) => (S::Broken, vec![Do::LoseContainers]),
         (S::Ready | S::Broken, Event::StopAsked) => (
             stopping(Goal::Stop, Phase::CleanUp),
-            vec![Do::KillContainers, Do::CleanUp { deep: false }],
+            vec![Do::CleanUp { deep: false }, Do::KillContainers],
         ),
         (S::Ready | S::Broken | S::Stopped, Event::RemoveAsked) => (
             stopping(Goal::Remove, Phase::CleanUp),
-            vec![Do::KillContainers, Do::CleanUp { deep: true }],
+            vec![Do::CleanUp { deep: true }, Do::KillContainers],
         ),
         (S::Stopped, Event::StopAsked) | (S::Removed, Event::StopAsked | Event::RemoveAsked) => {
             (state, vec![Do::Answer])
@@ -333,7 +333,7 @@ mod tests {
         let (state, effects) = step(state, Event::CleanUpFailed);
         assert_eq!((state, effects), (State::Broken, vec![Effect::AnswerFailure]));
         assert_eq!(
-            step(state, Event::StopAsked).1.last(),
+            step(state, Event::StopAsked).1.first(),
             Some(&Effect::CleanUp { deep: false })
         );
     }

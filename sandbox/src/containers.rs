@@ -1,0 +1,610 @@
+//! The containers of a pod, as its actor keeps them: what is asked of them, what their tasks report, how they are shown.
+
+use std::{sync::Arc, time::SystemTime};
+
+use caisson_guest::logs::ContainerLog;
+use caisson_lifecycle::{
+    container::{Effect, Event, State, step},
+    exit::{self, Exit},
+    sandbox,
+};
+use tokio::sync::watch;
+
+use crate::{
+    ContainerId, SandboxError,
+    actor::{Actor, answer},
+    container::{self, Ending, Output, Started, Stop},
+    journal::{ContainerPhase, ContainerRecord},
+    registry::{Reply, Request},
+    spec::ContainerSpec,
+    view::{ContainerState, ContainerView, LinuxUser},
+};
+
+/// Tasks for containers that may run at a time in one pod.
+const WORK_LIMIT: usize = 512;
+
+/// What tasks for containers report.
+pub(crate) enum Work {
+    Made {
+        id: ContainerId,
+        result: Result<(), SandboxError>,
+    },
+    Started {
+        id: ContainerId,
+        result: Result<Box<Started>, SandboxError>,
+    },
+    Ended {
+        id: ContainerId,
+        exit: Exit,
+    },
+    StopDone {
+        id: ContainerId,
+    },
+    Removed {
+        id: ContainerId,
+        result: Result<(), SandboxError>,
+    },
+    /// It has answered its caller itself.
+    Answered,
+}
+
+/// How containers end with their pod.
+pub(crate) enum Fate {
+    /// The pod was stopped.
+    Killed,
+    /// The VM ended by itself, for this reason.
+    Lost(String),
+}
+
+/// A container.
+pub(crate) struct Entry {
+    pub(crate) record: ContainerRecord,
+    pub(crate) state: State,
+    pub(crate) log: Option<Arc<ContainerLog>>,
+    ended: watch::Sender<bool>,
+    stops: usize,
+    creating: Vec<Reply<ContainerId>>,
+    starting: Option<Reply<()>>,
+    removing: Vec<Reply<()>>,
+}
+
+impl Entry {
+    pub(crate) fn new(record: ContainerRecord, state: State) -> Self {
+        let ended = matches!(state, State::Exited(_));
+        Self {
+            record,
+            state,
+            log: None,
+            ended: watch::Sender::new(ended),
+            stops: 0,
+            creating: Vec::new(),
+            starting: None,
+            removing: Vec::new(),
+        }
+    }
+
+    fn step(&mut self, event: Event) -> Vec<Effect> {
+        let (next, effects) = step(std::mem::replace(&mut self.state, State::Removed), event);
+        self.state = next;
+        if matches!(self.state.shown(), State::Exited(_)) {
+            self.ended.send_replace(true);
+        }
+        effects
+    }
+
+    fn wrong_state(&self, verb: &str) -> SandboxError {
+        SandboxError::WrongState {
+            what: format!("{verb} container {}", self.record.id.0),
+            state: self.state.as_str().into(),
+        }
+    }
+}
+
+impl Actor {
+    /// Takes up what an earlier daemon began: running containers are watched again.
+    pub(crate) fn resume(&mut self) {
+        let running: Vec<_> = self
+            .containers
+            .values()
+            .filter(|entry| matches!(entry.state, State::Running { .. }))
+            .map(|entry| entry.record.id.clone())
+            .collect();
+        for id in running {
+            self.watch(&id);
+        }
+    }
+
+    pub(crate) fn request(&mut self, asked: Request) {
+        match asked {
+            Request::Create { spec, reply } => self.create(*spec, reply),
+            Request::Start { id, reply } => self.start(&id, reply),
+            Request::Stop { id, grace, reply } => self.stop(&id, grace, reply),
+            Request::Remove { id, reply } => self.remove(&id, reply),
+            Request::Exec { id, exec, reply } => {
+                let live = match self.running(&id, "run a command in") {
+                    Ok(_) => self.live.clone(),
+                    Err(error) => return answer(reply, Err(error)),
+                };
+                let Some(live) = live else {
+                    return answer(reply, Err(self.no_guest("run a command in", &id)));
+                };
+                self.spawn_work(async move {
+                    answer(reply, Box::pin(container::exec(live, id, exec)).await);
+                    Work::Answered
+                });
+            }
+            Request::ReopenLog { id, reply } => {
+                let log = match self.running(&id, "reopen the log of") {
+                    Ok(entry) => entry.log.clone(),
+                    Err(error) => return answer(reply, Err(error)),
+                };
+                self.spawn_work(async move {
+                    let result = match log {
+                        Some(log) => log.reopen().await.map_err(SandboxError::guest(format!(
+                            "reopen the log of container {}",
+                            id.0
+                        ))),
+                        None => Ok(()),
+                    };
+                    answer(reply, result);
+                    Work::Answered
+                });
+            }
+        }
+        self.publish();
+    }
+
+    fn create(&mut self, spec: ContainerSpec, reply: Reply<ContainerId>) {
+        let same = |entry: &&mut Entry| {
+            entry.record.spec.name == spec.name
+                && entry.record.spec.attempt == spec.attempt
+                && entry.state != State::Removed
+        };
+        if let Some(entry) = self.containers.values_mut().find(same) {
+            let id = entry.record.id.clone();
+            return match entry.state {
+                State::Creating => entry.creating.push(reply),
+                State::Created => answer(reply, Ok(id)),
+                _ => answer(
+                    reply,
+                    Err(SandboxError::NameTaken {
+                        name: format!("container name {:?} attempt {}", spec.name, spec.attempt),
+                        id: format!("container {}", id.0),
+                    }),
+                ),
+            };
+        }
+        let Some(live) = self.live.clone().filter(|_| self.state == sandbox::State::Ready) else {
+            let what = format!(
+                "create container {:?} in pod sandbox {}",
+                spec.name, self.record.id.0
+            );
+            return answer(
+                reply,
+                Err(SandboxError::WrongState {
+                    what,
+                    state: self.state.as_str().into(),
+                }),
+            );
+        };
+        if self.work_in_progress() >= WORK_LIMIT {
+            return answer(reply, Err(SandboxError::Busy(self.record.id.0.clone())));
+        }
+        let id = ContainerId(crate::new_id());
+        let record = ContainerRecord {
+            id: id.clone(),
+            volumes: container::volume_ids(&id, &spec),
+            spec: spec.clone(),
+            created_at: SystemTime::now(),
+            phase: ContainerPhase::Created,
+            user: None,
+        };
+        let mut entry = Entry::new(record, State::Creating);
+        entry.creating.push(reply);
+        self.containers.insert(id.clone(), entry);
+        self.spawn_work(async move {
+            let result = Box::pin(container::make(live, id.clone(), spec)).await;
+            Work::Made { id, result }
+        });
+    }
+
+    fn start(&mut self, id: &ContainerId, reply: Reply<()>) {
+        let output = self.output(id);
+        let live = self.live.clone();
+        let Some(entry) = self.containers.get_mut(id) else {
+            return answer(reply, Err(SandboxError::NoContainer(id.0.clone())));
+        };
+        let (Some(live), Some(output)) = (live, output) else {
+            return answer(reply, Err(self.no_guest("start", id)));
+        };
+        if !entry.step(Event::StartAsked).contains(&Effect::Start) {
+            return answer(reply, Err(entry.wrong_state("start")));
+        }
+        entry.starting = Some(reply);
+        let id = id.clone();
+        self.spawn_work(async move {
+            let result = Box::pin(container::start(live, id.clone(), output))
+                .await
+                .map(Box::new);
+            Work::Started { id, result }
+        });
+    }
+
+    fn stop(&mut self, id: &ContainerId, grace: std::time::Duration, reply: Reply<()>) {
+        let live = self.live.clone();
+        let Some(entry) = self.containers.get_mut(id) else {
+            return answer(reply, Ok(()));
+        };
+        match entry.state.shown() {
+            State::Running { .. } => {}
+            State::Starting => return answer(reply, Err(entry.wrong_state("stop"))),
+            _ => return answer(reply, Ok(())),
+        }
+        let Some(live) = live else {
+            return answer(reply, Err(self.no_guest("stop", id)));
+        };
+        let signal = (entry.stops == 0).then_some(entry.record.spec.stop_signal);
+        let stop = Stop {
+            signal,
+            grace,
+            ended: entry.ended.subscribe(),
+        };
+        entry.stops += 1;
+        let id = id.clone();
+        self.spawn_work(async move {
+            answer(reply, Box::pin(container::stop(live, id.clone(), stop)).await);
+            Work::StopDone { id }
+        });
+    }
+
+    fn remove(&mut self, id: &ContainerId, reply: Reply<()>) {
+        let live = self.live.clone();
+        let state = self.state;
+        let Some(entry) = self.containers.get_mut(id) else {
+            return answer(reply, Ok(()));
+        };
+        // A guest that is being taken apart is not asked; its container is gone with it.
+        if live.is_none() && state == sandbox::State::Ready {
+            return answer(reply, Err(self.no_guest("remove", id)));
+        }
+        let effects = entry.step(Event::RemoveAsked);
+        if effects.contains(&Effect::Refuse) {
+            return answer(reply, Err(entry.wrong_state("remove")));
+        }
+        entry.removing.push(reply);
+        if effects.contains(&Effect::Remove) {
+            let (id, volumes) = (id.clone(), entry.record.volumes.clone());
+            let (journal, pod) = (self.node.journal.clone(), self.record.id.clone());
+            self.spawn_work(async move {
+                let mut result = Box::pin(container::remove(live, id.clone(), volumes)).await;
+                if result.is_ok() {
+                    result = journal.delete_container(&pod, &id).await;
+                }
+                Work::Removed { id, result }
+            });
+        }
+    }
+
+    fn running(&self, id: &ContainerId, verb: &str) -> Result<&Entry, SandboxError> {
+        let entry = self
+            .containers
+            .get(id)
+            .ok_or_else(|| SandboxError::NoContainer(id.0.clone()))?;
+        if !matches!(entry.state, State::Running { .. }) {
+            return Err(entry.wrong_state(verb));
+        }
+        if self.work_in_progress() >= WORK_LIMIT {
+            return Err(SandboxError::Busy(self.record.id.0.clone()));
+        }
+        Ok(entry)
+    }
+
+    fn no_guest(&self, verb: &str, id: &ContainerId) -> SandboxError {
+        SandboxError::WrongState {
+            what: format!("{verb} container {} of pod sandbox {}", id.0, self.record.id.0),
+            state: format!("in a pod sandbox that is {}", self.state.as_str()),
+        }
+    }
+
+    fn output(&self, id: &ContainerId) -> Option<Output> {
+        let entry = self.containers.get(id)?;
+        Some(Output {
+            log: entry.record.spec.log_file(&self.record.spec.log_directory),
+            checkpoint: self.node.journal.log_checkpoint(&self.record.id, id),
+            terminal: entry
+                .record
+                .spec
+                .guest
+                .process
+                .as_ref()
+                .is_some_and(|process| process.terminal),
+        })
+    }
+
+    /// Follows a running container to its end.
+    fn watch(&mut self, id: &ContainerId) {
+        let Some(live) = self.live.clone() else { return };
+        let Some(entry) = self.containers.get(id) else {
+            return;
+        };
+        let ending = Ending {
+            log: entry.log.clone(),
+            termination_file: entry.record.spec.termination_file.clone(),
+            started_at: entry.state.started_at(),
+        };
+        let id = id.clone();
+        self.spawn_work(async move {
+            let exit = Box::pin(container::watch_end(live, id.clone(), ending)).await;
+            Work::Ended { id, exit }
+        });
+    }
+
+    pub(crate) async fn work_done(&mut self, work: Work) {
+        match work {
+            Work::Made { id, result } => self.made(&id, result).await,
+            Work::Started { id, result } => self.started(&id, result).await,
+            Work::Ended { id, exit } => {
+                tracing::info!(container.id = %id.0, code = exit.code, reason = exit.reason.as_str(), "container ended");
+                self.advance(&id, Event::Ended(exit)).await;
+            }
+            Work::StopDone { id } => {
+                if let Some(entry) = self.containers.get_mut(&id) {
+                    entry.stops = entry.stops.saturating_sub(1);
+                }
+            }
+            Work::Removed { id, result } => self.removed(&id, result).await,
+            Work::Answered => {}
+        }
+        self.publish();
+    }
+
+    async fn made(&mut self, id: &ContainerId, result: Result<(), SandboxError>) {
+        let result = match result {
+            // The image's disk may be a new one: the slot it took is remembered before anybody relies on it.
+            Ok(()) => self.remember_disks().await,
+            Err(error) => Err(error),
+        };
+        let result = match result {
+            Ok(()) => {
+                self.advance(id, Event::Made).await;
+                self.persist(id).await
+            }
+            Err(error) => Err(error),
+        };
+        let entry = self.containers.get_mut(id);
+        let (waiting, volumes) = entry
+            .map(|entry| (std::mem::take(&mut entry.creating), entry.record.volumes.clone()))
+            .unwrap_or_default();
+        match result {
+            Ok(()) => {
+                tracing::info!(container.id = %id.0, "container created");
+                self.publish();
+                waiting
+                    .into_iter()
+                    .for_each(|reply| answer(reply, Ok(id.clone())));
+            }
+            Err(error) => {
+                self.containers.remove(id);
+                self.publish();
+                if let Some(live) = self.live.clone() {
+                    let id = id.clone();
+                    self.spawn_work(async move {
+                        Box::pin(container::discard(&live, &id, &volumes)).await;
+                        Work::Answered
+                    });
+                }
+                let error = Arc::new(error);
+                waiting
+                    .into_iter()
+                    .for_each(|reply| answer(reply, Err(error.clone().into())));
+            }
+        }
+    }
+
+    async fn remember_disks(&mut self) -> Result<(), SandboxError> {
+        let Some(live) = &self.live else { return Ok(()) };
+        let now = live.vm.record();
+        if self.record.vm.as_ref() != Some(&now) {
+            self.record.vm = Some(now);
+            self.node.journal.write_pod(&self.record).await?;
+        }
+        Ok(())
+    }
+
+    async fn started(&mut self, id: &ContainerId, result: Result<Box<Started>, SandboxError>) {
+        let Some(entry) = self.containers.get_mut(id) else {
+            return;
+        };
+        let reply = entry.starting.take();
+        let result = match result {
+            Ok(started) => {
+                let Started { reply: told, log } = *started;
+                entry.log = Some(log);
+                entry.record.user = Some(LinuxUser {
+                    uid: told.uid,
+                    gid: told.gid,
+                    supplemental_gids: told.supplemental_gids,
+                });
+                let at = if told.started_at_nanos == 0 {
+                    SystemTime::now()
+                } else {
+                    container::time(told.started_at_nanos)
+                };
+                self.advance(id, Event::Started { at }).await;
+                self.watch(id);
+                Ok(())
+            }
+            Err(error) => {
+                let message = error.chain();
+                self.advance(
+                    id,
+                    Event::StartFailed {
+                        at: SystemTime::now(),
+                        message,
+                    },
+                )
+                .await;
+                Err(error)
+            }
+        };
+        self.publish();
+        if let Some(reply) = reply {
+            answer(reply, result);
+        }
+    }
+
+    async fn removed(&mut self, id: &ContainerId, result: Result<(), SandboxError>) {
+        let event = if result.is_ok() {
+            Event::Removed
+        } else {
+            Event::RemoveFailed
+        };
+        let Some(entry) = self.containers.get_mut(id) else {
+            return;
+        };
+        let effects = entry.step(event);
+        let waiting = std::mem::take(&mut entry.removing);
+        if effects.contains(&Effect::Forget) {
+            entry.ended.send_replace(true);
+            self.containers.remove(id);
+        }
+        self.publish();
+        let result = result.map_err(Arc::new);
+        waiting
+            .into_iter()
+            .for_each(|reply| answer(reply, result.clone().map_err(SandboxError::from)));
+    }
+
+    /// Moves a container on; a new state is on disk before it is shown. A journal that fails is no reason to hide an exit.
+    async fn advance(&mut self, id: &ContainerId, event: Event) {
+        let Some(entry) = self.containers.get_mut(id) else {
+            return;
+        };
+        let (next, effects) = step(entry.state.clone(), event.clone());
+        if effects.contains(&Effect::Persist) && !matches!(next.shown(), State::Created) {
+            entry.record.phase = phase(&next);
+            if let Err(error) = self.persist(id).await {
+                tracing::error!(container.id = %id.0, error = %error.chain(), "state of the container is not on disk");
+            }
+        }
+        if let Some(entry) = self.containers.get_mut(id) {
+            entry.step(event);
+        }
+    }
+
+    async fn persist(&self, id: &ContainerId) -> Result<(), SandboxError> {
+        match self.containers.get(id) {
+            Some(entry) => {
+                self.node
+                    .journal
+                    .write_container(&self.record.id, &entry.record)
+                    .await
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Every container ends with its pod. Whoever waits for one is told.
+    pub(crate) async fn containers_ended(&mut self, fate: &Fate, keep_records: bool) {
+        let now = SystemTime::now();
+        let ids: Vec<_> = self.containers.keys().cloned().collect();
+        for id in ids {
+            let Some(entry) = self.containers.get_mut(&id) else {
+                continue;
+            };
+            let started_at = entry.state.started_at();
+            let exit = match fate {
+                Fate::Killed => exit::killed(started_at, now),
+                Fate::Lost(why) => exit::vm_gone(started_at, now, why),
+            };
+            let (creating, starting) = (std::mem::take(&mut entry.creating), entry.starting.take());
+            let removing = std::mem::take(&mut entry.removing);
+            let (created_only, was_removing) = (
+                entry.state == State::Creating,
+                matches!(entry.state, State::Removing { .. }),
+            );
+            if was_removing {
+                entry.step(Event::RemoveFailed);
+            }
+            if created_only {
+                entry.step(Event::MakeFailed);
+                self.containers.remove(&id);
+            } else {
+                let persist = entry.step(Event::Ended(exit)).contains(&Effect::Persist);
+                entry.record.phase = phase(&entry.state);
+                if persist
+                    && keep_records
+                    && let Err(error) = self.persist(&id).await
+                {
+                    tracing::error!(container.id = %id.0, error = %error.chain(), "state of the container is not on disk");
+                }
+            }
+            creating
+                .into_iter()
+                .for_each(|reply| answer(reply, Err(self.cancelled("container creation"))));
+            starting
+                .into_iter()
+                .for_each(|reply| answer(reply, Err(self.cancelled("container start"))));
+            removing
+                .into_iter()
+                .for_each(|reply| answer(reply, Err(self.cancelled("container removal"))));
+        }
+    }
+
+    fn shown(&self, state: &State) -> Option<ContainerState> {
+        let shown = shown(state)?;
+        // Its VM may run, but nobody hears of it.
+        let unheard = self.live.is_none() && self.state == sandbox::State::Broken;
+        let ended = matches!(shown, ContainerState::Exited { .. });
+        Some(if unheard && !ended {
+            ContainerState::Unknown
+        } else {
+            shown
+        })
+    }
+
+    pub(crate) fn container_views(&self) -> Vec<ContainerView> {
+        self.containers
+            .values()
+            .filter_map(|entry| {
+                Some(ContainerView {
+                    id: entry.record.id.clone(),
+                    sandbox_id: self.record.id.clone(),
+                    spec: entry.record.spec.clone(),
+                    state: self.shown(entry.state.shown())?,
+                    created_at: entry.record.created_at,
+                    log_path: entry.record.spec.log_file(&self.record.spec.log_directory),
+                    user: entry.record.user.clone(),
+                })
+            })
+            .collect()
+    }
+}
+
+fn phase(state: &State) -> ContainerPhase {
+    match state.shown() {
+        State::Running { started_at } => ContainerPhase::Running {
+            started_at: *started_at,
+        },
+        State::Exited(exit) => ContainerPhase::Exited(exit.clone()),
+        _ => ContainerPhase::Created,
+    }
+}
+
+/// `None`: nobody knows it yet, or any more.
+fn shown(state: &State) -> Option<ContainerState> {
+    match state {
+        State::Creating | State::Removed | State::Removing { .. } => None,
+        State::Created | State::Starting => Some(ContainerState::Created),
+        State::Running { started_at } => Some(ContainerState::Running {
+            started_at: *started_at,
+        }),
+        State::Exited(exit) => Some(ContainerState::Exited {
+            started_at: exit.started_at,
+            finished_at: exit.finished_at,
+            exit_code: exit.code,
+            reason: exit.reason.as_str().into(),
+            message: exit.message.clone(),
+        }),
+    }
+}

@@ -1,0 +1,144 @@
+//! What a pod has taken of the host, in the order it was taken, and how each is given back.
+//!
+//! An undo is pushed *before* the acquisition, since what fails or is broken off may have been done in part; so each is idempotent
+//! and fine with nothing to undo. The stack travels with the pod: a failed boot, StopPodSandbox, RemovePodSandbox and recovery all
+//! unwind it. Unwinding goes on after failures; what failed stays on the stack for the next try.
+
+use std::{fs, path::PathBuf, sync::Arc};
+
+use caisson_hypervisor::Vm;
+
+use crate::{
+    SandboxError, cgroup,
+    journal::{PodRecord, absent_is_fine, blocking},
+    registry::Node,
+};
+
+/// Something taken of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Undo {
+    /// The pod's directory in the journal.
+    Record,
+    /// Namespace, CNI interfaces, taps.
+    Network,
+    /// The writable disk.
+    Scratch,
+    /// Sockets and logs of the VM.
+    RunDir,
+    /// The leaf in the pod's cgroup.
+    Cgroup(PathBuf),
+    /// Every process of the VM.
+    Vm,
+}
+
+/// What must be undone, last first.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct UndoStack(Vec<Undo>);
+
+impl UndoStack {
+    /// Only the record: a pod that has been stopped, or not booted yet.
+    pub(crate) fn record() -> Self {
+        Self(vec![Undo::Record])
+    }
+
+    /// Everything that a boot takes, in its order.
+    pub(crate) fn full(record: &PodRecord) -> Self {
+        let mut stack = Self::record();
+        stack.push(Undo::Network);
+        stack.push(Undo::Scratch);
+        stack.push(Undo::RunDir);
+        if let Some(leaf) = &record.cgroup {
+            stack.push(Undo::Cgroup(leaf.clone()));
+        }
+        stack.push(Undo::Vm);
+        stack
+    }
+
+    pub(crate) fn push(&mut self, undo: Undo) {
+        self.0.push(undo);
+    }
+
+    /// Undoes everything, the record only when `deep` and when all else worked. Answers what failed.
+    pub(crate) async fn unwind(
+        &mut self,
+        node: &Node,
+        record: &PodRecord,
+        vm: Option<&Arc<dyn Vm>>,
+        deep: bool,
+    ) -> Vec<SandboxError> {
+        let (mut failures, mut left) = (Vec::new(), Vec::new());
+        while let Some(undo) = self.0.pop() {
+            if undo == Undo::Record && (!deep || !failures.is_empty()) {
+                left.push(undo);
+                continue;
+            }
+            if let Err(error) = undo.run(node, record, vm).await {
+                tracing::warn!(sandbox.id = %record.id.0, step = ?undo, error = %error.chain(), "clean-up failed");
+                failures.push(error);
+                left.push(undo);
+            }
+        }
+        left.reverse();
+        self.0 = left;
+        failures
+    }
+}
+
+impl Undo {
+    async fn run(
+        &self,
+        node: &Node,
+        record: &PodRecord,
+        vm: Option<&Arc<dyn Vm>>,
+    ) -> Result<(), SandboxError> {
+        let id = &record.id.0;
+        match self {
+            Self::Record => node.journal.delete_pod(&record.id).await,
+            Self::Network => node
+                .network
+                .teardown(id, &record.spec.network)
+                .await
+                .map_err(|source| SandboxError::Network {
+                    what: format!("take down the network of pod sandbox {id}"),
+                    source: Box::new(source),
+                }),
+            Self::Scratch => {
+                let path = node.journal.scratch(&record.id);
+                blocking(move || {
+                    absent_is_fine(fs::remove_file(&path))
+                        .map_err(SandboxError::io(format!("delete {}", path.display())))
+                })
+                .await
+            }
+            Self::RunDir => {
+                let path = node.run_dir(&record.id);
+                blocking(move || {
+                    absent_is_fine(fs::remove_dir_all(&path))
+                        .map_err(SandboxError::io(format!("delete {}", path.display())))
+                })
+                .await
+            }
+            Self::Cgroup(leaf) => cgroup::remove(leaf).await,
+            Self::Vm => kill(node, id, vm).await,
+        }
+    }
+}
+
+/// By pidfd through the driver's handle where there is one; else, or when that failed, by the mark that every process of a VM carries.
+async fn kill(node: &Node, id: &str, vm: Option<&Arc<dyn Vm>>) -> Result<(), SandboxError> {
+    if let Some(vm) = vm {
+        match vm.kill().await {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                tracing::warn!(sandbox.id = %id, %error, "kill failed, looking for the VM's processes")
+            }
+        }
+    }
+    node.hypervisor
+        .sweep(id)
+        .await
+        .map(|_| ())
+        .map_err(SandboxError::hypervisor(format!(
+            "kill the VM of pod sandbox {id}"
+        )))
+}
