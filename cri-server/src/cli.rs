@@ -1,0 +1,109 @@
+//! The command line. `--help` is meant to be enough.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::Overrides;
+
+/// Kubernetes node daemon that runs every pod as a microVM.
+#[derive(Debug, Parser)]
+#[command(
+    name = "caissond",
+    version,
+    about = "Kubernetes node daemon that runs every pod as a microVM",
+    long_about = "caissond serves the Container Runtime Interface (CRI, runtime.v1) on a Unix socket. Each pod sandbox is one \
+                  microVM; its containers run inside. It needs root, a CNI configuration, QEMU, and the guest kernel and initramfs.",
+    after_long_help = EXAMPLES
+)]
+pub struct Cli {
+    /// Configuration file; files in the directory of the same name with .d are merged over it [default: /etc/caisson/config.toml]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub config: Option<PathBuf>,
+    /// What wins over the files.
+    #[command(flatten)]
+    pub overrides: Overrides,
+    /// What to do; serve when absent.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What caissond can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+pub enum Command {
+    /// Serve the CRI until SIGTERM; pods go on running and are found again at the next start (the default)
+    Serve,
+    /// Tell what this host can do and what would be used; exit status 0 when a pod could run
+    Check {
+        /// Print one JSON document instead of lines for people
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask the daemon that runs now how it is
+    Status {
+        /// Print one JSON document instead of lines for people
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  See whether this host can run pods, and what is missing:
+      caissond check
+
+  Run the daemon on a scratch directory, with a kernel and an initramfs built in a checkout:
+      caissond --root /tmp/c/lib --run-dir /tmp/c/run --kernel guest/out/vmlinuz --initramfs guest/out/initramfs.cpio
+
+  Talk to it:
+      crictl --runtime-endpoint unix:///tmp/c/run/caisson.sock info
+
+  Give it to kubelet:
+      kubelet --container-runtime-endpoint=unix:///run/caisson/caisson.sock
+
+Configuration file (TOML; every key may be left out):
+  root = \"/var/lib/caisson\"          run_dir = \"/run/caisson\"
+  listen = \"unix:///run/caisson/caisson.sock\"
+  log = \"info\"                       cgroup_driver = \"cgroupfs\"
+  [guest]       kernel, initramfs, cmdline = []
+  [vm]          default_memory_mib = 512, default_vcpus = 1, guest_overhead_mib = 48, host_reserve_mib = 96,
+                scratch_mib = 10240, attach_slots = 16, boot_deadline_seconds = 100, agent_deadline_seconds = 60
+  [hypervisor]  driver = \"auto\"|\"qemu\", accelerator = \"auto\"|\"kvm\"|\"tcg\", qemu, vsock_backend, user = \"uid:gid\"
+  [network]     conf_dir, plugin_dirs = [], cache_dir, netns_dir, plugin_deadline_seconds = 60
+  [images]      root, insecure_registries = [], ca_files = [], max_image_mib = 32768, stall_deadline_seconds = 60
+  [images.mirrors]  \"registry.k8s.io\" = [\"mirror.example:5000\"]
+";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_may_stand_before_and_after_the_command() {
+        let cli = Cli::parse_from(["caissond", "--root", "/r", "check", "--json", "--log", "debug"]);
+        assert_eq!(cli.command, Some(Command::Check { json: true }));
+        assert_eq!(cli.overrides.root, Some(PathBuf::from("/r")));
+        assert_eq!(cli.overrides.log.as_deref(), Some("debug"));
+        assert_eq!(Cli::parse_from(["caissond"]).command, None);
+    }
+
+    #[test]
+    fn the_help_names_every_key_of_the_configuration() {
+        let help = Cli::command().render_long_help().to_string();
+        for key in [
+            "boot_deadline_seconds",
+            "insecure_registries",
+            "vsock_backend",
+            "netns_dir",
+        ] {
+            assert!(help.contains(key), "{key}");
+        }
+    }
+}

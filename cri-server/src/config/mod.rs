@@ -1,0 +1,602 @@
+//! Configuration: files, then flags, then validation, with every problem told at once.
+//!
+//! `/etc/caisson/config.toml`, then `config.d/*.toml` beside it in lexical order (a later file wins key by key, a list as a whole), then the
+//! flags of the command line. What comes out is complete and usable: nothing below asks again.
+
+mod files;
+mod reader;
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use caisson_image::ImageStoreConfig;
+use caisson_net::NetworkConfig;
+use caisson_qemu::Accelerator;
+use caisson_sandbox::SandboxesConfig;
+use serde_json::json;
+
+pub use files::Merged;
+use reader::Section;
+
+/// Where the configuration is looked for when no flag names a file.
+pub const DEFAULT_FILE: &str = "/etc/caisson/config.toml";
+
+/// File name of the vsock helper, which is looked for beside the daemon and then in [`LIBEXEC`].
+pub const VSOCK_BACKEND: &str = "caisson-vhost-vsock";
+
+const LIBEXEC: &str = "/usr/libexec/caisson";
+
+/// Everything that is configured, validated.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The daemon itself.
+    pub daemon: Daemon,
+    /// What every VM boots.
+    pub guest: Guest,
+    /// How large VMs are.
+    pub vm: VmSize,
+    /// Which driver runs them.
+    pub hypervisor: HypervisorChoice,
+    /// CNI.
+    pub network: NetworkConfig,
+    /// The image store.
+    pub images: ImageStoreConfig,
+}
+
+/// The daemon itself.
+#[derive(Debug, Clone)]
+pub struct Daemon {
+    /// Durable state.
+    pub root: PathBuf,
+    /// Sockets and logs of VMs; gone after a reboot.
+    pub run_dir: PathBuf,
+    /// The CRI socket.
+    pub socket: PathBuf,
+    /// Filter for the log, as tracing's `EnvFilter` reads it.
+    pub log: String,
+}
+
+/// What every VM boots.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// vmlinux or bzImage.
+    pub kernel: PathBuf,
+    /// The agent's archive.
+    pub initramfs: PathBuf,
+    /// More words for the kernel command line.
+    pub cmdline: Vec<String>,
+}
+
+/// How large VMs are, and how long they may take.
+#[derive(Debug, Clone)]
+pub struct VmSize {
+    /// Memory without limits, MiB.
+    pub default_memory_mib: u64,
+    /// vCPUs without limits.
+    pub default_vcpus: u32,
+    /// What guest kernel and agent need beyond the containers' limits, MiB.
+    pub guest_overhead_mib: u64,
+    /// What is kept of the pod's cgroup for VMM and helpers, MiB.
+    pub host_reserve_mib: u64,
+    /// Each pod's writable disk (sparse), MiB.
+    pub scratch_mib: u64,
+    /// Images that one VM can have attached.
+    pub attach_slots: u32,
+    /// From RunPodSandbox to an answering agent.
+    pub boot_deadline: Duration,
+    /// For each call to the agent.
+    pub agent_deadline: Duration,
+}
+
+/// Which driver runs VMs.
+#[derive(Debug, Clone)]
+pub struct HypervisorChoice {
+    /// The driver.
+    pub driver: Driver,
+    /// How guest code is executed.
+    pub accelerator: Accelerator,
+    /// `qemu-system-x86_64`; absent: from PATH.
+    pub qemu: Option<PathBuf>,
+    /// The vsock helper.
+    pub vsock_backend: PathBuf,
+    /// User and group of the VM's processes; absent: the daemon's.
+    pub user: Option<(u32, u32)>,
+}
+
+/// A hypervisor driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// The best one for this host.
+    Auto,
+    /// QEMU.
+    Qemu,
+}
+
+/// What is wrong with the configuration: every problem, each with the file and key it comes from.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigProblems(pub Vec<String>);
+
+impl fmt::Display for ConfigProblems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the configuration has {} problem(s)", self.0.len())?;
+        for problem in &self.0 {
+            write!(f, "\n  - {problem}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What the command line says about the configuration; each given flag wins over the files.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Configuration (each flag wins over the files)")]
+pub struct Overrides {
+    /// Durable state: images, writable disks, the journal of pods [default: /var/lib/caisson]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub root: Option<PathBuf>,
+    /// Sockets and logs of VMs [default: /run/caisson]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub run_dir: Option<PathBuf>,
+    /// The CRI socket that kubelet and crictl connect to [default: unix:///run/caisson/caisson.sock]
+    #[arg(long, value_name = "unix://PATH", global = true)]
+    pub listen: Option<String>,
+    /// Directory with the CNI configuration [default: /etc/cni/net.d]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Directory with CNI plugins; may be repeated, the first match wins [default: /opt/cni/bin and /usr/lib/cni]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub cni_bin_dir: Vec<PathBuf>,
+    /// Guest kernel [default: /usr/lib/caisson/guest/vmlinuz]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub kernel: Option<PathBuf>,
+    /// Guest initramfs with the agent [default: /usr/lib/caisson/guest/initramfs.cpio]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub initramfs: Option<PathBuf>,
+    /// Registry (host:port) that is spoken to over plain HTTP; may be repeated
+    #[arg(long, value_name = "HOST:PORT", global = true)]
+    pub insecure_registry: Vec<String>,
+    /// Driver that runs the VMs: auto or qemu [default: auto]
+    #[arg(long, value_name = "DRIVER", global = true)]
+    pub hypervisor: Option<String>,
+    /// What is logged: error, warn, info, debug, or a filter such as caisson_sandbox=debug,info [default: info]
+    #[arg(long, value_name = "FILTER", global = true)]
+    pub log: Option<String>,
+}
+
+impl Overrides {
+    fn apply(&self, merged: &mut Merged) {
+        let text = |path: &Path| toml::Value::String(path.to_string_lossy().into_owned());
+        let texts = |list: &[PathBuf]| toml::Value::Array(list.iter().map(|path| text(path)).collect());
+        let paths = [
+            ("root", "--root", &self.root),
+            ("run_dir", "--run-dir", &self.run_dir),
+            ("network.conf_dir", "--cni-conf-dir", &self.cni_conf_dir),
+            ("guest.kernel", "--kernel", &self.kernel),
+            ("guest.initramfs", "--initramfs", &self.initramfs),
+        ];
+        for (key, flag, value) in paths {
+            if let Some(path) = value {
+                merged.set(key, text(path), flag);
+            }
+        }
+        let words = [
+            ("listen", "--listen", &self.listen),
+            ("hypervisor.driver", "--hypervisor", &self.hypervisor),
+            ("log", "--log", &self.log),
+        ];
+        for (key, flag, value) in words {
+            if let Some(word) = value {
+                merged.set(key, toml::Value::String(word.clone()), flag);
+            }
+        }
+        if !self.cni_bin_dir.is_empty() {
+            merged.set("network.plugin_dirs", texts(&self.cni_bin_dir), "--cni-bin-dir");
+        }
+        if !self.insecure_registry.is_empty() {
+            let list = self.insecure_registry.iter().cloned().map(toml::Value::String);
+            merged.set(
+                "images.insecure_registries",
+                toml::Value::Array(list.collect()),
+                "--insecure-registry",
+            );
+        }
+    }
+}
+
+impl Config {
+    /// Reads, merges and validates. `file` given: it must exist; absent: the default one may be missing.
+    pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Self, ConfigProblems> {
+        let mut merged = match file {
+            Some(file) => Merged::read(file, true),
+            None => Merged::read(Path::new(DEFAULT_FILE), false),
+        };
+        overrides.apply(&mut merged);
+        Self::validate(merged)
+    }
+
+    fn validate(merged: Merged) -> Result<Self, ConfigProblems> {
+        let mut top = Section::top(merged);
+        let daemon = daemon(&mut top);
+        let guest = guest(&mut top);
+        let vm = vm(&mut top);
+        let hypervisor = hypervisor(&mut top);
+        let network = network(&mut top, &daemon);
+        let images = images(&mut top, &daemon);
+        let problems = top.finish();
+        if !problems.is_empty() {
+            return Err(ConfigProblems(problems));
+        }
+        Ok(Self {
+            daemon,
+            guest,
+            vm,
+            hypervisor,
+            network,
+            images,
+        })
+    }
+
+    /// What the sandbox room is opened with.
+    #[must_use]
+    pub fn sandboxes(&self) -> SandboxesConfig {
+        SandboxesConfig {
+            root: self.daemon.root.join("sandboxes"),
+            run: self.daemon.run_dir.clone(),
+            kernel: self.guest.kernel.clone(),
+            initramfs: self.guest.initramfs.clone(),
+            cmdline: self.guest.cmdline.clone(),
+            default_memory_mib: self.vm.default_memory_mib,
+            default_vcpus: self.vm.default_vcpus,
+            guest_overhead_mib: self.vm.guest_overhead_mib,
+            host_reserve_mib: self.vm.host_reserve_mib,
+            scratch_bytes: self.vm.scratch_mib << 20,
+            attach_slots: self.vm.attach_slots,
+            boot_deadline: self.vm.boot_deadline,
+            agent_deadline: self.vm.agent_deadline,
+        }
+    }
+
+    /// The effective configuration, for people.
+    #[must_use]
+    pub fn summary(&self) -> serde_json::Value {
+        json!({
+            "root": self.daemon.root,
+            "runDir": self.daemon.run_dir,
+            "socket": self.daemon.socket,
+            "kernel": self.guest.kernel,
+            "initramfs": self.guest.initramfs,
+            "cmdline": self.guest.cmdline,
+            "driver": format!("{:?}", self.hypervisor.driver).to_lowercase(),
+            "accelerator": format!("{:?}", self.hypervisor.accelerator).to_lowercase(),
+            "vsockBackend": self.hypervisor.vsock_backend,
+            "defaultMemoryMiB": self.vm.default_memory_mib,
+            "defaultVcpus": self.vm.default_vcpus,
+            "guestOverheadMiB": self.vm.guest_overhead_mib,
+            "hostReserveMiB": self.vm.host_reserve_mib,
+            "scratchMiB": self.vm.scratch_mib,
+            "attachSlots": self.vm.attach_slots,
+            "cgroupDriver": "cgroupfs",
+            "cniConfDir": self.network.conf_dir,
+            "cniPluginDirs": self.network.plugin_dirs,
+            "insecureRegistries": self.images.insecure_registries,
+            "mirrors": self.images.mirrors,
+        })
+    }
+}
+
+fn daemon(top: &mut Section) -> Daemon {
+    let root = top.absolute("root", "/var/lib/caisson");
+    let run_dir = top.absolute("run_dir", "/run/caisson");
+    let listen = top.text("listen");
+    let socket = match listen {
+        None => run_dir.join("caisson.sock"),
+        Some(text) => {
+            let path = PathBuf::from(text.strip_prefix("unix://").unwrap_or(&text));
+            if !path.is_absolute() {
+                top.problem("listen", format!("{text:?} is not unix:// and an absolute path"));
+            }
+            path
+        }
+    };
+    if socket.as_os_str().len() > 100 {
+        top.problem(
+            "listen",
+            format!("{} is too long for a Unix socket", socket.display()),
+        );
+    }
+    let driver = top.text("cgroup_driver").unwrap_or_else(|| "cgroupfs".into());
+    match driver.as_str() {
+        "cgroupfs" => {}
+        "systemd" => top.problem(
+            "cgroup_driver",
+            "\"systemd\" is not supported yet: use \"cgroupfs\"",
+        ),
+        other => top.problem("cgroup_driver", format!("{other:?} is not a cgroup driver")),
+    }
+    let log = top.text("log").unwrap_or_else(|| "info".into());
+    if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
+        top.problem("log", format!("{log:?} is not a log filter: {error}"));
+    }
+    Daemon {
+        root,
+        run_dir,
+        socket,
+        log,
+    }
+}
+
+fn guest(top: &mut Section) -> Guest {
+    top.section("guest", |guest| Guest {
+        kernel: guest.absolute("kernel", "/usr/lib/caisson/guest/vmlinuz"),
+        initramfs: guest.absolute("initramfs", "/usr/lib/caisson/guest/initramfs.cpio"),
+        cmdline: guest.texts("cmdline").unwrap_or_default(),
+    })
+}
+
+fn vm(top: &mut Section) -> VmSize {
+    top.section("vm", |vm| VmSize {
+        default_memory_mib: vm.number("default_memory_mib", 512, 64..=1 << 24),
+        default_vcpus: vm.number("default_vcpus", 1, 1..=255),
+        guest_overhead_mib: vm.number("guest_overhead_mib", 48, 16..=1 << 16),
+        host_reserve_mib: vm.number("host_reserve_mib", 96, 0..=1 << 16),
+        scratch_mib: vm.number("scratch_mib", 10 << 10, 16..=1 << 30),
+        attach_slots: vm.number("attach_slots", 16, 1..=30),
+        boot_deadline: vm.seconds("boot_deadline_seconds", 100, 1..=3600),
+        agent_deadline: vm.seconds("agent_deadline_seconds", 60, 1..=3600),
+    })
+}
+
+fn hypervisor(top: &mut Section) -> HypervisorChoice {
+    top.section("hypervisor", |section| HypervisorChoice {
+        driver: section.choice("driver", &[("auto", Driver::Auto), ("qemu", Driver::Qemu)]),
+        accelerator: section.choice(
+            "accelerator",
+            &[
+                ("auto", Accelerator::Auto),
+                ("kvm", Accelerator::Kvm),
+                ("tcg", Accelerator::Tcg),
+            ],
+        ),
+        qemu: section.optional_absolute("qemu"),
+        vsock_backend: section
+            .optional_absolute("vsock_backend")
+            .unwrap_or_else(|| beside_the_daemon(VSOCK_BACKEND)),
+        user: section.user("user"),
+    })
+}
+
+/// A helper's path: next to the daemon when it is there, else where packages put it.
+fn beside_the_daemon(name: &str) -> PathBuf {
+    std::env::current_exe()
+        .ok()
+        .and_then(|own| own.parent().map(|dir| dir.join(name)))
+        .filter(|path| path.exists())
+        .unwrap_or_else(|| Path::new(LIBEXEC).join(name))
+}
+
+fn network(top: &mut Section, daemon: &Daemon) -> NetworkConfig {
+    top.section("network", |network| NetworkConfig {
+        plugin_dirs: network.absolutes("plugin_dirs", &["/opt/cni/bin", "/usr/lib/cni"]),
+        conf_dir: network.absolute("conf_dir", "/etc/cni/net.d"),
+        cache_dir: network
+            .optional_absolute("cache_dir")
+            .unwrap_or_else(|| daemon.root.join("cni")),
+        netns_dir: network
+            .optional_absolute("netns_dir")
+            .unwrap_or_else(|| daemon.run_dir.join("netns")),
+        plugin_deadline: network.seconds("plugin_deadline_seconds", 60, 1..=600),
+    })
+}
+
+fn images(top: &mut Section, daemon: &Daemon) -> ImageStoreConfig {
+    top.section("images", |images| ImageStoreConfig {
+        root: images
+            .optional_absolute("root")
+            .unwrap_or_else(|| daemon.root.join("images")),
+        insecure_registries: images.hosts("insecure_registries"),
+        mirrors: mirrors(images),
+        ca_files: images.absolutes("ca_files", &[]),
+        max_image_bytes: images.number::<u64>("max_image_mib", 32 << 10, 1..=1 << 24) << 20,
+        stall_deadline: images.seconds("stall_deadline_seconds", 60, 1..=3600),
+    })
+}
+
+fn mirrors(images: &mut Section) -> BTreeMap<String, Vec<String>> {
+    images.text_lists("mirrors")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(text: &str, overrides: &Overrides) -> Result<Config, Vec<String>> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        std::fs::write(&file, text).unwrap();
+        Config::load(Some(&file), overrides).map_err(|problems| problems.0)
+    }
+
+    #[test]
+    fn an_empty_file_gives_the_documented_defaults() {
+        let config = from("", &Overrides::default()).unwrap();
+        assert_eq!(config.daemon.root, Path::new("/var/lib/caisson"));
+        assert_eq!(config.daemon.socket, Path::new("/run/caisson/caisson.sock"));
+        assert_eq!(
+            config.guest.initramfs,
+            Path::new("/usr/lib/caisson/guest/initramfs.cpio")
+        );
+        assert_eq!(config.network.cache_dir, Path::new("/var/lib/caisson/cni"));
+        assert_eq!(config.network.netns_dir, Path::new("/run/caisson/netns"));
+        assert_eq!(
+            config.network.plugin_dirs,
+            [Path::new("/opt/cni/bin"), Path::new("/usr/lib/cni")]
+        );
+        assert_eq!(config.images.root, Path::new("/var/lib/caisson/images"));
+        assert_eq!(config.hypervisor.driver, Driver::Auto);
+        assert_eq!(config.hypervisor.user, None);
+        assert_eq!(config.sandboxes().scratch_bytes, 10 << 30);
+    }
+
+    #[test]
+    fn every_key_has_its_effect() {
+        let config = from(
+            r#"
+            root = "/r"
+            run_dir = "/n"
+            listen = "unix:///n/x.sock"
+            log = "debug"
+            cgroup_driver = "cgroupfs"
+            [guest]
+            kernel = "/k"
+            initramfs = "/i"
+            cmdline = ["a=b"]
+            [vm]
+            default_memory_mib = 256
+            default_vcpus = 2
+            guest_overhead_mib = 32
+            host_reserve_mib = 64
+            scratch_mib = 100
+            attach_slots = 3
+            boot_deadline_seconds = 5
+            agent_deadline_seconds = 6
+            [hypervisor]
+            driver = "qemu"
+            accelerator = "tcg"
+            qemu = "/q"
+            vsock_backend = "/v"
+            user = "65534:65533"
+            [network]
+            plugin_dirs = ["/p"]
+            conf_dir = "/c"
+            cache_dir = "/cc"
+            netns_dir = "/ns"
+            plugin_deadline_seconds = 7
+            [images]
+            root = "/im"
+            insecure_registries = ["127.0.0.1:5000"]
+            ca_files = ["/ca.pem"]
+            max_image_mib = 10
+            stall_deadline_seconds = 8
+            [images.mirrors]
+            "registry.k8s.io" = ["127.0.0.1:5000"]
+            "#,
+            &Overrides::default(),
+        )
+        .unwrap();
+        assert_eq!(config.daemon.socket, Path::new("/n/x.sock"));
+        assert_eq!(config.guest.cmdline, ["a=b"]);
+        assert_eq!(config.vm.attach_slots, 3);
+        assert_eq!(config.hypervisor.accelerator, Accelerator::Tcg);
+        assert_eq!(config.hypervisor.user, Some((65534, 65533)));
+        assert_eq!(config.network.plugin_deadline, Duration::from_secs(7));
+        assert_eq!(config.images.max_image_bytes, 10 << 20);
+        assert_eq!(config.images.mirrors["registry.k8s.io"], ["127.0.0.1:5000"]);
+    }
+
+    #[test]
+    fn every_problem_is_told_at_once_with_its_place() {
+        let problems = from(
+            r#"
+            root = "relative"
+            colour = "blue"
+            cgroup_driver = "systemd"
+            log = "a=b=c"
+            [vm]
+            default_vcpus = 0
+            default_memory_mib = "much"
+            speed = 9
+            [hypervisor]
+            driver = "magic"
+            user = "root"
+            [network]
+            plugin_dirs = "one"
+            [images.mirrors]
+            "docker.io" = [1]
+            "#,
+            &Overrides::default(),
+        )
+        .unwrap_err();
+        for key in [
+            "root:",
+            "colour:",
+            "cgroup_driver:",
+            "log:",
+            "vm.default_vcpus:",
+            "vm.default_memory_mib:",
+            "vm.speed:",
+            "hypervisor.driver:",
+            "hypervisor.user:",
+            "network.plugin_dirs:",
+            "images.mirrors.\"docker.io\":",
+        ] {
+            let told = problems
+                .iter()
+                .filter(|problem| problem.contains(&format!(" {key}")))
+                .count();
+            assert_eq!(told, 1, "{key} in {problems:#?}");
+        }
+        assert_eq!(problems.len(), 11, "{problems:#?}");
+        assert!(problems.iter().all(|problem| problem.contains("config.toml")));
+    }
+
+    #[test]
+    fn drop_ins_win_key_by_key_in_lexical_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        std::fs::create_dir(dir.path().join("config.d")).unwrap();
+        std::fs::write(&file, "[vm]\ndefault_vcpus = 2\nattach_slots = 2\n").unwrap();
+        std::fs::write(dir.path().join("config.d/10.toml"), "[vm]\nattach_slots = 3\n").unwrap();
+        std::fs::write(dir.path().join("config.d/20.toml"), "[vm]\nattach_slots = 4\n").unwrap();
+        std::fs::write(dir.path().join("config.d/readme"), "not toml").unwrap();
+        let config = Config::load(Some(&file), &Overrides::default()).unwrap();
+        assert_eq!((config.vm.default_vcpus, config.vm.attach_slots), (2, 4));
+
+        std::fs::write(dir.path().join("config.d/30.toml"), "[vm]\nattach_slots = -1\n").unwrap();
+        std::fs::write(dir.path().join("config.d/40.toml"), "[vm\n").unwrap();
+        let problems = Config::load(Some(&file), &Overrides::default()).unwrap_err().0;
+        assert_eq!(problems.len(), 2, "{problems:#?}");
+        assert!(
+            problems
+                .iter()
+                .any(|problem| problem.contains("30.toml") && problem.contains("attach_slots"))
+        );
+        assert!(problems.iter().any(|problem| problem.contains("40.toml")));
+    }
+
+    #[test]
+    fn flags_win_over_files_and_are_named_when_wrong() {
+        let overrides = Overrides {
+            root: Some("/flag".into()),
+            listen: Some("unix:///flag.sock".into()),
+            cni_bin_dir: vec!["/b1".into(), "/b2".into()],
+            insecure_registry: vec!["r:5000".into()],
+            ..Default::default()
+        };
+        let config = from("root = \"/file\"", &overrides).unwrap();
+        assert_eq!(config.daemon.root, Path::new("/flag"));
+        assert_eq!(config.daemon.socket, Path::new("/flag.sock"));
+        assert_eq!(config.network.plugin_dirs.len(), 2);
+        assert_eq!(config.images.insecure_registries, ["r:5000"]);
+
+        let wrong = Overrides {
+            hypervisor: Some("xen".into()),
+            ..Default::default()
+        };
+        let problems = from("", &wrong).unwrap_err();
+        assert!(
+            problems[0].contains("--hypervisor") && problems[0].contains("\"xen\""),
+            "{problems:?}"
+        );
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let problems = Config::load(Some(Path::new("/nonexistent/config.toml")), &Overrides::default())
+            .unwrap_err()
+            .0;
+        assert!(problems[0].contains("/nonexistent/config.toml"));
+    }
+}

@@ -1,0 +1,124 @@
+//! The composition root: chooses the driver, opens each room in order, and serves until told to stop.
+//!
+//! Every driver is named in [`hypervisor`] and nowhere else. Each function below makes one thing; what is made runs elsewhere.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use caisson_hypervisor::Hypervisor;
+use caisson_image::ImageStore;
+use caisson_net::Network;
+use caisson_qemu::{Qemu, QemuConfig};
+use caisson_sandbox::Sandboxes;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    config::{Config, Driver},
+    notify,
+    rpc::service::Cri,
+    runtime::{Runtime, Settings, VERSION},
+    server,
+    socket::{self, StateLock},
+};
+
+/// Serves until SIGTERM or SIGINT. Pods outlive the daemon.
+pub async fn serve(config: Config) -> anyhow::Result<()> {
+    // Signals first: a stop during start-up must not kill half-way through recovery with the default action.
+    let stop = stop_signal()?;
+    let _locks = (
+        StateLock::take(&config.daemon.root)?,
+        StateLock::take(&config.daemon.run_dir)?,
+    );
+    let runtime = open(&config).await?;
+    let (listener, bound) = socket::bind(&config.daemon.socket)?;
+    tracing::info!(
+        version = VERSION,
+        socket = %bound.path().display(),
+        hypervisor = runtime.hypervisor.describe(),
+        "serving"
+    );
+    tell_manager(notify::READY);
+    let sandboxes = runtime.sandboxes.clone();
+    let served = server::serve(Cri::new(runtime), listener, stop).await;
+    tell_manager(notify::STOPPING);
+    sandboxes.close().await;
+    served?;
+    tracing::info!("stopped; pods go on running");
+    Ok(())
+}
+
+/// Opens each room; the order is that of who needs whom.
+async fn open(config: &Config) -> anyhow::Result<Runtime> {
+    let hypervisor = hypervisor(config).await?;
+    let network = Network::new(config.network.clone());
+    let images = ImageStore::open(config.images.clone())
+        .await
+        .context("cannot open the image store")?;
+    let sandboxes = Sandboxes::open(
+        config.sandboxes(),
+        Arc::clone(&hypervisor),
+        Arc::new(network.clone()),
+    )
+    .await
+    .context("cannot open the pods' state")?;
+    // Disks of removed images stay while a container uses them; here is where the last ones go.
+    if let Err(error) = images.collect(&sandboxes.images_in_use().await).await {
+        tracing::warn!(error = crate::status::chain(&error), "unused image files stay");
+    }
+    Ok(Runtime {
+        sandboxes,
+        images,
+        network,
+        hypervisor,
+        settings: Arc::new(settings(config)),
+    })
+}
+
+/// The driver that was configured, or the best one for this host.
+pub async fn hypervisor(config: &Config) -> anyhow::Result<Arc<dyn Hypervisor>> {
+    match config.hypervisor.driver {
+        // One driver so far: a better one goes before it here.
+        Driver::Auto | Driver::Qemu => {
+            let qemu = Qemu::detect(qemu_config(config))
+                .await
+                .context("cannot use QEMU")?;
+            Ok(Arc::new(qemu))
+        }
+    }
+}
+
+fn qemu_config(config: &Config) -> QemuConfig {
+    let choice = &config.hypervisor;
+    QemuConfig {
+        binary: choice.qemu.clone(),
+        vsock_backend: choice.vsock_backend.clone(),
+        accelerator: choice.accelerator,
+        user: choice.user,
+    }
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings {
+        kernel: config.guest.kernel.clone(),
+        initramfs: config.guest.initramfs.clone(),
+        sandboxes_root: config.sandboxes().root,
+        config: config.summary(),
+    }
+}
+
+fn tell_manager(state: &str) {
+    if let Err(error) = notify::notify(state) {
+        tracing::warn!(%error, state, "cannot notify the service manager");
+    }
+}
+
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("told to stop by SIGTERM"),
+            _ = interrupt.recv() => tracing::info!("told to stop by SIGINT"),
+        }
+    })
+}

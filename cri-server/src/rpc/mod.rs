@@ -1,0 +1,28 @@
+//! The CRI's methods, one file each; [`service`] joins them to the generated servers.
+//!
+//! A handler translates, asks one of the rooms, and translates back. It holds no state: tonic drops it when the client goes away, and
+//! what it had asked for goes on.
+
+pub mod service;
+
+mod container_status;
+mod create_container;
+mod exec_sync;
+mod image_fs_info;
+mod image_status;
+mod list_containers;
+mod list_images;
+mod list_pod_sandbox;
+mod pod_sandbox_status;
+mod pull_image;
+mod remove_container;
+mod remove_image;
+mod remove_pod_sandbox;
+mod reopen_container_log;
+mod run_pod_sandbox;
+mod runtime_config;
+mod start_container;
+mod status;
+mod stop_container;
+mod stop_pod_sandbox;
+mod version;

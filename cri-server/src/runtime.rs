@@ -1,0 +1,45 @@
+//! What every handler works with: the rooms that do the work, and the few settings that answers are made of.
+
+use std::{path::PathBuf, sync::Arc};
+
+use caisson_hypervisor::Hypervisor;
+use caisson_image::ImageStore;
+use caisson_net::Network;
+use caisson_sandbox::Sandboxes;
+
+/// Shared by all calls; each handler is a function of it and a request.
+#[derive(Clone)]
+pub struct Runtime {
+    /// Pods and containers.
+    pub sandboxes: Sandboxes,
+    /// Images.
+    pub images: ImageStore,
+    /// The pod network, asked for its status only.
+    pub network: Network,
+    /// The driver, asked to describe itself only.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// What answers are made of.
+    pub settings: Arc<Settings>,
+}
+
+/// Settings that are told to clients.
+#[derive(Debug)]
+pub struct Settings {
+    /// Guest kernel; without it no pod can run.
+    pub kernel: PathBuf,
+    /// Guest initramfs; without it no pod can run.
+    pub initramfs: PathBuf,
+    /// Where pods keep their writable disks.
+    pub sandboxes_root: PathBuf,
+    /// The effective configuration, for verbose Status.
+    pub config: serde_json::Value,
+}
+
+/// Name by which this runtime is known to clients.
+pub const NAME: &str = "caisson";
+
+/// Version of this daemon.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Version of the interface that is served.
+pub const API_VERSION: &str = "v1";

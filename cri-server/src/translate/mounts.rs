@@ -1,0 +1,271 @@
+//! Mounts: host files and small read-only directories are copied into the guest; the termination file comes back; the rest is refused.
+
+use std::{
+    fs::FileType,
+    path::{Path, PathBuf},
+};
+
+use caisson_cri_api::v1;
+use caisson_sandbox::spec::{MountRecord, PushedFiles};
+
+use super::Refusals;
+
+/// kubelet's annotation with the path that a container may leave a last message in.
+pub(super) const TERMINATION_PATH: &str = "io.kubernetes.container.terminationMessagePath";
+
+/// Files that kubelet mounts writable though nobody reads them back.
+const WRITABLE_COPIES: [&str; 3] = ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname"];
+
+/// What a container's mounts come to.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Mounts {
+    /// Copied into the guest.
+    pub(super) files: Vec<PushedFiles>,
+    /// Host file and path in the container of the termination message.
+    pub(super) termination: Option<(PathBuf, String)>,
+    /// For the container's status.
+    pub(super) records: Vec<MountRecord>,
+}
+
+/// Sorts a request's mounts. Looks at the host paths.
+pub(super) fn mounts(
+    list: &[v1::Mount],
+    termination_path: Option<&String>,
+    refusals: &mut Refusals,
+) -> Mounts {
+    let mut mounts = Mounts::default();
+    for (index, mount) in list.iter().enumerate() {
+        let field = format!("config.mounts[{index}]");
+        if !possible(mount, &field, refusals) {
+            continue;
+        }
+        mounts.records.push(MountRecord {
+            host_path: mount.host_path.clone(),
+            container_path: mount.container_path.clone(),
+            readonly: mount.readonly,
+        });
+        let (path, kind) = match look(Path::new(&mount.host_path)) {
+            Ok(found) => found,
+            Err(error) => {
+                refusals.add(
+                    format!("{field}.host_path"),
+                    format!("cannot use {:?}: {error}", mount.host_path),
+                );
+                continue;
+            }
+        };
+        if kind.is_file() && termination_path.is_some_and(|path| same(path, &mount.container_path)) {
+            mounts.termination = Some((path, mount.container_path.clone()));
+        } else if let Err(reason) = copyable(kind, mount) {
+            refusals.add(field, reason);
+        } else {
+            mounts.files.push(PushedFiles {
+                host_path: path,
+                container_path: mount.container_path.clone(),
+                readonly: mount.readonly,
+            });
+        }
+    }
+    mounts
+}
+
+/// Refuses what no rule below could honour.
+fn possible(mount: &v1::Mount, field: &str, refusals: &mut Refusals) -> bool {
+    let before = refusals.list().len();
+    if mount.image.is_some() || !mount.image_sub_path.is_empty() {
+        refusals.add(format!("{field}.image"), "image volumes are not supported yet");
+        return false;
+    }
+    refusals.add_if(
+        mount.host_path.is_empty(),
+        &format!("{field}.host_path"),
+        "is missing",
+    );
+    refusals.add_if(
+        !mount.host_path.is_empty() && !mount.host_path.starts_with('/'),
+        &format!("{field}.host_path"),
+        "is not an absolute path",
+    );
+    let inside = &mount.container_path;
+    refusals.add_if(
+        !inside.starts_with('/') || inside.split('/').any(|part| part == "..") || inside.contains('\0'),
+        &format!("{field}.container_path"),
+        "is not an absolute path without \"..\"",
+    );
+    if mount.propagation != v1::MountPropagation::PropagationPrivate as i32 {
+        let mode = v1::MountPropagation::try_from(mount.propagation)
+            .map_or("unknown mode", |mode| mode.as_str_name());
+        refusals.add(
+            format!("{field}.propagation"),
+            format!("{mode} is not possible: the container's mounts are in a VM"),
+        );
+    }
+    for (name, mappings) in [
+        ("uid_mappings", &mount.uid_mappings),
+        ("gid_mappings", &mount.gid_mappings),
+    ] {
+        refusals.add_if(
+            !mappings.is_empty(),
+            &format!("{field}.{name}"),
+            "id-mapped mounts are not supported yet",
+        );
+    }
+    refusals.add_if(
+        mount.recursive_read_only && !mount.readonly,
+        &format!("{field}.recursive_read_only"),
+        "needs readonly",
+    );
+    refusals.list().len() == before
+}
+
+/// The path without symbolic links, and what is there.
+fn look(path: &Path) -> std::io::Result<(PathBuf, FileType)> {
+    let path = path.canonicalize()?;
+    let kind = path.symlink_metadata()?.file_type();
+    Ok((path, kind))
+}
+
+/// Whether a copy in the guest is as good as the mount.
+fn copyable(kind: FileType, mount: &v1::Mount) -> Result<(), String> {
+    if !kind.is_file() && !kind.is_dir() {
+        return Err(format!(
+            "{:?} is neither a file nor a directory; sockets and devices of the host are not supported yet",
+            mount.host_path
+        ));
+    }
+    let kept_by_nobody = WRITABLE_COPIES
+        .iter()
+        .any(|path| same(path, &mount.container_path));
+    if mount.readonly || (kind.is_file() && kept_by_nobody) {
+        Ok(())
+    } else {
+        Err(format!(
+            "read-write volumes are not supported yet (host path {:?} at {:?})",
+            mount.host_path, mount.container_path
+        ))
+    }
+}
+
+/// Whether two absolute paths are the same but for doubled or trailing slashes.
+fn same(one: &str, other: &str) -> bool {
+    Path::new(one).components().eq(Path::new(other).components())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(host: &Path, inside: &str, readonly: bool) -> v1::Mount {
+        v1::Mount {
+            host_path: host.to_str().unwrap().to_owned(),
+            container_path: inside.to_owned(),
+            readonly,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_kubelet_always_passes_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let token = root.join("token");
+        std::fs::create_dir(&token).unwrap();
+        for name in ["hosts", "log"] {
+            std::fs::write(root.join(name), "x").unwrap();
+        }
+        let list = [
+            mount(&token, "/var/run/secrets/kubernetes.io/serviceaccount", true),
+            mount(&root.join("hosts"), "/etc/hosts", false),
+            mount(&root.join("log"), "/dev/termination-log", false),
+        ];
+        let mut refusals = Refusals::default();
+        let got = mounts(&list, Some(&"/dev/termination-log".to_owned()), &mut refusals);
+        refusals.settle(()).unwrap();
+        assert_eq!(got.files.len(), 2);
+        assert!(!got.files[1].readonly);
+        assert_eq!(
+            got.termination,
+            Some((root.join("log"), "/dev/termination-log".into()))
+        );
+        assert_eq!(got.records.len(), 3);
+    }
+
+    #[test]
+    fn a_symbolic_link_on_the_host_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::write(root.join("real"), "x").unwrap();
+        std::os::unix::fs::symlink("real", root.join("link")).unwrap();
+        let mut refusals = Refusals::default();
+        let got = mounts(&[mount(&root.join("link"), "/f", true)], None, &mut refusals);
+        assert_eq!(got.files[0].host_path, root.join("real"));
+    }
+
+    #[test]
+    fn every_other_mount_is_refused_with_its_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let plain = mount(&file, "/f", true);
+        let cases = [
+            (
+                mount(dir.path(), "/data", false),
+                "config.mounts[0]: read-write volumes are not supported yet",
+            ),
+            (
+                mount(&file, "/f", false),
+                "config.mounts[0]: read-write volumes are not supported yet",
+            ),
+            (mount(&socket, "/s", true), "neither a file nor a directory"),
+            (
+                mount(&dir.path().join("gone"), "/g", true),
+                "config.mounts[0].host_path: cannot use",
+            ),
+            (mount(&file, "relative", true), "config.mounts[0].container_path"),
+            (mount(&file, "/a/../b", true), "config.mounts[0].container_path"),
+            (
+                v1::Mount {
+                    host_path: String::new(),
+                    ..plain.clone()
+                },
+                "config.mounts[0].host_path: is missing",
+            ),
+            (
+                v1::Mount {
+                    propagation: 2,
+                    ..plain.clone()
+                },
+                "config.mounts[0].propagation: PROPAGATION_BIDIRECTIONAL",
+            ),
+            (
+                v1::Mount {
+                    uid_mappings: vec![v1::IdMapping::default()],
+                    ..plain.clone()
+                },
+                "config.mounts[0].uid_mappings",
+            ),
+            (
+                v1::Mount {
+                    image: Some(v1::ImageSpec::default()),
+                    ..plain.clone()
+                },
+                "config.mounts[0].image: image volumes",
+            ),
+            (
+                v1::Mount {
+                    recursive_read_only: true,
+                    readonly: false,
+                    ..plain
+                },
+                "config.mounts[0].recursive_read_only: needs readonly",
+            ),
+        ];
+        for (mount, words) in cases {
+            let mut refusals = Refusals::default();
+            mounts(&[mount], None, &mut refusals);
+            assert!(refusals.to_string().contains(words), "{refusals}");
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Resources: what the guest's cgroups enforce, and the limits by which a VM is sized.
+
+use caisson_cri_api::v1;
+use caisson_sandbox::{guest, spec::PodLimits};
+
+use super::Refusals;
+
+/// Limits of one container, for the guest's cgroups. The score for the OOM killer is answered beside them.
+pub(super) fn container(
+    config: Option<&v1::LinuxContainerResources>,
+    field: &str,
+    refusals: &mut Refusals,
+) -> (guest::Resources, i32) {
+    let Some(config) = config else {
+        return (guest::Resources::default(), 0);
+    };
+    host_only(config, field, refusals);
+    let mut amount = |name: &str, value: i64| {
+        u64::try_from(value).unwrap_or_else(|_| {
+            refusals.add(
+                format!("{field}.{name}"),
+                format!("{value} is not a valid amount"),
+            );
+            0
+        })
+    };
+    let resources = guest::Resources {
+        cpu_quota_micros: config.cpu_quota.max(0),
+        cpu_period_micros: amount("cpu_period", config.cpu_period),
+        cpu_shares: amount("cpu_shares", config.cpu_shares),
+        memory_limit_bytes: amount("memory_limit_in_bytes", config.memory_limit_in_bytes),
+        // -1 is "unlimited", which is what an unset swap limit means in the guest, too.
+        memory_swap_limit_bytes: match config.memory_swap_limit_in_bytes {
+            -1 => 0,
+            swap => amount("memory_swap_limit_in_bytes", swap),
+        },
+        pids_limit: 0,
+        unified: config.unified.clone().into_iter().collect(),
+        hugepage_limits: config
+            .hugepage_limits
+            .iter()
+            .map(|limit| (limit.page_size.clone(), limit.limit))
+            .collect(),
+    };
+    for file in resources.unified.keys() {
+        if file.is_empty() || file.contains('/') || file.starts_with("cgroup.") || !file.contains('.') {
+            refusals.add(
+                format!("{field}.unified[{file:?}]"),
+                "is not the name of a controller's file",
+            );
+        }
+    }
+    let score = i32::try_from(config.oom_score_adj)
+        .ok()
+        .filter(|score| (-1000..=1000).contains(score))
+        .unwrap_or_else(|| {
+            refusals.add(
+                format!("{field}.oom_score_adj"),
+                format!("{} is not between -1000 and 1000", config.oom_score_adj),
+            );
+            0
+        });
+    (resources, score)
+}
+
+/// Limits of a pod as kubelet has summed them.
+pub(super) fn pod_limits(
+    config: Option<&v1::LinuxContainerResources>,
+    field: &str,
+    refusals: &mut Refusals,
+) -> PodLimits {
+    let Some(config) = config else {
+        return PodLimits::default();
+    };
+    host_only(config, field, refusals);
+    let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+    let cpu_milli = match (positive(config.cpu_quota), positive(config.cpu_period)) {
+        (Some(quota), period) => Some(
+            quota
+                .saturating_mul(1000)
+                .div_ceil(period.unwrap_or(DEFAULT_PERIOD_MICROS)),
+        ),
+        (None, _) => None,
+    };
+    PodLimits {
+        cpu_milli,
+        memory_bytes: positive(config.memory_limit_in_bytes),
+    }
+}
+
+/// The kernel's own cpu.max period.
+const DEFAULT_PERIOD_MICROS: u64 = 100_000;
+
+/// cpusets number the host's CPUs and memory nodes: they would have to pin the VM's threads, and must never reach the guest.
+fn host_only(config: &v1::LinuxContainerResources, field: &str, refusals: &mut Refusals) {
+    for (name, value) in [
+        ("cpuset_cpus", &config.cpuset_cpus),
+        ("cpuset_mems", &config.cpuset_mems),
+    ] {
+        if !value.is_empty() {
+            refusals.add(
+                format!("{field}.{name}"),
+                "pinning to CPUs or memory nodes of the host is not supported yet",
+            );
+        }
+    }
+}
+
+/// The CRI's words for a container's resources, to be answered in its status.
+#[must_use]
+pub(crate) fn answered(resources: &guest::Resources, oom_score_adj: i32) -> v1::LinuxContainerResources {
+    let amount = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    v1::LinuxContainerResources {
+        cpu_period: amount(resources.cpu_period_micros),
+        cpu_quota: resources.cpu_quota_micros,
+        cpu_shares: amount(resources.cpu_shares),
+        memory_limit_in_bytes: amount(resources.memory_limit_bytes),
+        memory_swap_limit_in_bytes: amount(resources.memory_swap_limit_bytes),
+        oom_score_adj: i64::from(oom_score_adj),
+        cpuset_cpus: String::new(),
+        cpuset_mems: String::new(),
+        hugepage_limits: resources
+            .hugepage_limits
+            .iter()
+            .map(|(page_size, limit)| v1::HugepageLimit {
+                page_size: page_size.clone(),
+                limit: *limit,
+            })
+            .collect(),
+        unified: resources
+            .unified
+            .iter()
+            .map(|(file, value)| (file.clone(), value.clone()))
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_container_is_given_is_what_its_status_says() {
+        let config = v1::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 50_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 64 << 20,
+            oom_score_adj: 987,
+            memory_swap_limit_in_bytes: 64 << 20,
+            unified: [("memory.oom.group".to_owned(), "1".to_owned())].into(),
+            hugepage_limits: vec![v1::HugepageLimit {
+                page_size: "2MB".into(),
+                limit: 0,
+            }],
+            ..Default::default()
+        };
+        let mut refusals = Refusals::default();
+        let (resources, score) = container(Some(&config), "r", &mut refusals);
+        refusals.settle(()).unwrap();
+        assert_eq!(answered(&resources, score), config);
+    }
+
+    #[test]
+    fn impossible_amounts_and_host_cpus_are_refused_together() {
+        let config = v1::LinuxContainerResources {
+            cpu_shares: -2,
+            oom_score_adj: 1001,
+            cpuset_cpus: "0-1".into(),
+            unified: [("../x".to_owned(), String::new())].into(),
+            ..Default::default()
+        };
+        let mut refusals = Refusals::default();
+        let _ = container(Some(&config), "r", &mut refusals);
+        let text = refusals.to_string();
+        for field in ["r.cpu_shares", "r.oom_score_adj", "r.cpuset_cpus", "r.unified"] {
+            assert!(text.contains(field), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_pods_limits_are_those_that_are_set() {
+        let cases = [
+            ((0, 0, 0), (None, None)),
+            ((-1, 100_000, 0), (None, None)),
+            ((150_000, 100_000, 5), (Some(1500), Some(5))),
+            ((50_000, 0, 0), (Some(500), None)),
+        ];
+        for ((quota, period, memory), (cpu, bytes)) in cases {
+            let config = v1::LinuxContainerResources {
+                cpu_quota: quota,
+                cpu_period: period,
+                memory_limit_in_bytes: memory,
+                ..Default::default()
+            };
+            let limits = pod_limits(Some(&config), "r", &mut Refusals::default());
+            assert_eq!((limits.cpu_milli, limits.memory_bytes), (cpu, bytes));
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Confinement profiles of a container: what this runtime cannot enforce yet is refused, never dropped.
+
+use caisson_cri_api::v1::{self, security_profile::ProfileType};
+
+use super::Refusals;
+
+/// Refuses seccomp profiles other than unset and Unconfined. `deprecated` is the older string field.
+pub(super) fn seccomp(
+    profile: Option<&v1::SecurityProfile>,
+    deprecated: (&str, &str),
+    field: &str,
+    refusals: &mut Refusals,
+) {
+    enforced("seccomp", profile, deprecated, field, refusals);
+}
+
+/// Refuses AppArmor profiles other than unset and Unconfined. `deprecated` is the older string field.
+pub(super) fn apparmor(
+    profile: Option<&v1::SecurityProfile>,
+    deprecated: (&str, &str),
+    field: &str,
+    refusals: &mut Refusals,
+) {
+    enforced("AppArmor", profile, deprecated, field, refusals);
+}
+
+fn enforced(
+    what: &str,
+    profile: Option<&v1::SecurityProfile>,
+    (old_field, old_value): (&str, &str),
+    field: &str,
+    refusals: &mut Refusals,
+) {
+    if let Some(profile) = profile {
+        match ProfileType::try_from(profile.profile_type) {
+            Ok(ProfileType::Unconfined) => {}
+            Ok(kind) => refusals.add(
+                field,
+                format!("{} profiles are not supported yet ({what})", kind.as_str_name()),
+            ),
+            Err(_) => refusals.add(field, format!("unknown profile type {}", profile.profile_type)),
+        }
+    }
+    if !matches!(old_value, "" | "unconfined") {
+        refusals.add(
+            old_field,
+            format!("{what} profile {old_value:?} is not supported yet"),
+        );
+    }
+}
+
+/// Refuses any SELinux label.
+pub(super) fn selinux(options: Option<&v1::SeLinuxOption>, field: &str, refusals: &mut Refusals) {
+    if let Some(options) = options {
+        let label = [&options.user, &options.role, &options.r#type, &options.level];
+        if label.iter().any(|part| !part.is_empty()) {
+            refusals.add(field, "SELinux labels are not supported inside a VM");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(profile: Option<ProfileType>, old: &str) -> String {
+        let profile = profile.map(|kind| v1::SecurityProfile {
+            profile_type: kind as i32,
+            localhost_ref: String::new(),
+        });
+        let mut refusals = Refusals::default();
+        seccomp(profile.as_ref(), ("s.old", old), "s.new", &mut refusals);
+        refusals.to_string()
+    }
+
+    #[test]
+    fn only_a_profile_that_would_not_be_enforced_is_refused() {
+        assert_eq!(told(None, ""), "");
+        assert_eq!(told(Some(ProfileType::Unconfined), "unconfined"), "");
+        assert_eq!(
+            told(Some(ProfileType::RuntimeDefault), ""),
+            "s.new: RuntimeDefault profiles are not supported yet (seccomp)"
+        );
+        assert_eq!(
+            told(None, "localhost/x"),
+            "s.old: seccomp profile \"localhost/x\" is not supported yet"
+        );
+    }
+
+    #[test]
+    fn an_empty_selinux_label_is_no_label() {
+        let mut refusals = Refusals::default();
+        selinux(Some(&v1::SeLinuxOption::default()), "l", &mut refusals);
+        refusals.settle(()).unwrap();
+        let mut refusals = Refusals::default();
+        let label = v1::SeLinuxOption {
+            level: "s0".into(),
+            ..Default::default()
+        };
+        selinux(Some(&label), "l", &mut refusals);
+        assert_eq!(
+            refusals.to_string(),
+            "l: SELinux labels are not supported inside a VM"
+        );
+    }
+}
