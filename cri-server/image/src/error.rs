@@ -189,10 +189,8 @@ pub(crate) fn is_storage_full(error: &(dyn Error + 'static)) -> bool {
                 return true;
             }
             // An io::Error hands out its payload's source, not the payload.
-            if let Some(inner) = io.get_ref() {
-                if is_storage_full(inner) {
-                    return true;
-                }
+            if io.get_ref().is_some_and(|inner| is_storage_full(inner)) {
+                return true;
             }
         }
         next = cause.source();

@@ -139,11 +139,14 @@ pub struct Usage {
     pub inodes_used: u64,
 }
 
+/// What everybody who waited for one pull gets.
+type Pulled = Result<Image, Arc<ImageError>>;
+
 /// The images of this node. Cheap to clone.
 #[derive(Clone)]
 pub struct ImageStore {
     puller: Puller,
-    flights: Arc<Flights<(Reference, Credentials), Result<Image, Arc<ImageError>>>>,
+    flights: Arc<Flights<(Reference, Credentials), Pulled>>,
 }
 
 impl fmt::Debug for ImageStore {

@@ -26,8 +26,9 @@ pub(crate) struct Puller {
     pub(crate) config: Arc<ImageStoreConfig>,
     pub(crate) transport: Transport,
     pub(crate) store: Arc<Store>,
-    /// Two references to one image convert it once.
-    pub(crate) conversions: Arc<KeyedLocks<String>>,
+    /// By registry and image id: two references to one image convert it once. Only within a registry, so that one which is slow on purpose
+    /// does not hold up an image that is also elsewhere.
+    pub(crate) conversions: Arc<KeyedLocks<(String, String)>>,
 }
 
 impl Puller {
@@ -46,7 +47,11 @@ impl Puller {
         };
         let (manifest, names) = pull.resolve().await?;
         let id = manifest.config.digest.to_string();
-        let _alone = pull.puller.conversions.lock(&id).await;
+        let _alone = pull
+            .puller
+            .conversions
+            .lock(&(pull.reference.registry().to_owned(), id.clone()))
+            .await;
         let (named, wanted) = (id.clone(), names.clone());
         let known = pull
             .blocking("naming an image", move |store| store.name(&named, &wanted))
