@@ -12,7 +12,7 @@ use std::{
 };
 
 use caisson_guest::{
-    GuestClient, GuestError,
+    GuestClient, GuestError, GuestErrorKind,
     logs::{ContainerLog, LogTarget},
 };
 use caisson_hypervisor::{Disk, SERIAL_BYTES, Vm};
@@ -155,13 +155,10 @@ pub(crate) async fn remove(
 
 fn unknown_is_fine(result: Result<(), GuestError>) -> Result<(), GuestError> {
     match result {
-        Err(GuestError::Agent { code, .. }) if code as i32 == NOT_FOUND => Ok(()),
+        Err(error) if error.kind() == GuestErrorKind::NotFound => Ok(()),
         other => other,
     }
 }
-
-/// gRPC status code of the guest protocol.
-const NOT_FOUND: i32 = 5;
 
 /// Where a container's output goes and what is known of it there.
 #[derive(Clone)]

@@ -4,7 +4,7 @@
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use caisson_guest::GuestError;
+use caisson_guest::{GuestError, GuestErrorKind};
 use caisson_hypervisor::HypervisorError;
 use caisson_lifecycle::sizing::SizeError;
 use caisson_net::NetError;
@@ -260,14 +260,15 @@ impl SandboxError {
 }
 
 fn guest_kind(error: &GuestError) -> ErrorKind {
-    match error {
-        GuestError::Agent { code, .. } => match *code as i32 {
-            3 => ErrorKind::Invalid,
-            9 => ErrorKind::WrongState,
-            _ => ErrorKind::Internal,
-        },
-        GuestError::Deadline { .. } | GuestError::ExecTimeout(_) => ErrorKind::Deadline,
-        _ => ErrorKind::Internal,
+    match (error, error.kind()) {
+        (GuestError::Log { source, .. }, _) => io_kind(source),
+        // The id is ours, so what the guest does not know is not what the caller has named.
+        (_, GuestErrorKind::NotFound | GuestErrorKind::AlreadyExists | GuestErrorKind::Internal) => {
+            ErrorKind::Internal
+        }
+        (_, GuestErrorKind::Invalid) => ErrorKind::Invalid,
+        (_, GuestErrorKind::WrongState) => ErrorKind::WrongState,
+        (_, GuestErrorKind::Timeout | GuestErrorKind::Unreachable) => ErrorKind::Deadline,
     }
 }
 
