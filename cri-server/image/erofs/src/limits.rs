@@ -5,7 +5,7 @@
 pub struct Limits {
     /// Largest image file in bytes: data and metadata written, contents that a later layer replaced included.
     pub max_image_bytes: u64,
-    /// Most archive entries over all layers, directories made for entries without them included.
+    /// Most archive entries over all layers; each layer, and each directory made for an entry without one, counts as one more.
     pub max_entries: u64,
     /// Longest entry name or link target in bytes.
     pub max_path_bytes: usize,

@@ -1,5 +1,11 @@
 //! Layers that want something else than to be an image.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
+
 mod support;
 
 use caisson_erofs::{ArchiveProblem, EntryProblem, ErofsError, ErrorKind, ImageBuilder, LimitKind, Limits};

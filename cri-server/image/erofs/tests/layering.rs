@@ -1,5 +1,11 @@
 //! Layers on top of each other, as the OCI image layer specification has it.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
+
 mod support;
 
 use caisson_erofs::Limits;
@@ -310,6 +316,19 @@ fn equal_layers_give_equal_images_however_they_are_read() {
     std::io::Seek::rewind(&mut file).unwrap();
     std::io::Read::read_to_end(&mut file, &mut dribbled).unwrap();
     assert_eq!(build(&layers).unwrap(), dribbled);
+}
+
+#[test]
+fn the_reader_is_drained_behind_the_end_of_the_archive() {
+    let mut layer = Layer::new().file("f", "x").finish();
+    layer.resize(300_000, 0);
+    layer.extend(Layer::new().file("hidden", "x").finish());
+    let mut reader = layer.as_slice();
+    let mut builder =
+        caisson_erofs::ImageBuilder::new(tempfile::tempfile().unwrap(), Limits::default()).unwrap();
+    let summary = builder.layer(&mut reader).unwrap();
+    assert_eq!((summary.entries, summary.data_bytes, reader.len()), (1, 1, 0));
+    assert_eq!(builder.finish().unwrap().inodes, 2);
 }
 
 #[test]

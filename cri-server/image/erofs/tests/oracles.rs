@@ -1,5 +1,11 @@
 //! Images before outside judges: fsck.erofs, the running kernel against GNU tar, and packages of a real distribution.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
+
 mod support;
 
 use std::collections::BTreeMap;
@@ -106,6 +112,7 @@ fn untar(layer: &[u8], directory: &Path) {
             "--xattrs",
             "--xattrs-include=*",
             "--same-owner",
+            "--delay-directory-restore",
             "--numeric-owner",
             "-pxf",
         ])
@@ -194,7 +201,7 @@ fn varied() -> Vec<u8> {
         let name = format!("sizes/{i}/{}", "s".repeat(200));
         layer = (0..i).fold(layer, |layer, j| layer.file(&format!("{name}{j}"), ""));
         let long = Meta {
-            pax: vec![("SCHILY.xattr.user.n".into(), vec![b'n'; 71 * i])],
+            pax: vec![("SCHILY.xattr.user.n".into(), vec![b'n'; 62 * i])],
             ..mode(0o755)
         };
         layer = layer.entry(&format!("sizes/{i}"), EntryType::Directory, &long, b"", "");
@@ -239,6 +246,45 @@ fn the_kernel_shows_what_gnu_tar_extracts() {
         expected.get_mut(name).unwrap().mtime = (0, 0);
     }
     assert_same(&expected, &found);
+}
+
+#[test]
+fn attributes_over_many_blocks_are_read_by_kernel_and_fsck() {
+    let value = |i: usize| (0..60_000 + i).map(|n| (n % 251) as u8).collect::<Vec<_>>();
+    let mut layer = Layer::new();
+    for i in 0..20 {
+        let pax = vec![
+            ("SCHILY.xattr.user.a".into(), vec![b'a'; 100 * i]),
+            ("SCHILY.xattr.user.big".into(), value(i)),
+            (
+                format!("SCHILY.xattr.security.{}", "z".repeat(200)),
+                vec![b'z'; i],
+            ),
+        ];
+        layer = layer.entry(
+            &format!("d{i}"),
+            EntryType::Directory,
+            &Meta { pax, ..mode(0o755) },
+            b"",
+            "",
+        );
+    }
+    let image = build(&[layer.finish()]).unwrap();
+    if let Some(fsck) = fsck() {
+        check(&fsck, &image);
+    }
+    let Some(mounted) = Mounted::new(&image) else {
+        return;
+    };
+    for i in 0..20 {
+        let found = xattrs(&mounted.root().join(format!("d{i}")));
+        assert_eq!(found.len(), 3);
+        assert!(found[&b"user.big"[..]] == value(i) && found[&b"user.a"[..]].len() == 100 * i);
+        assert_eq!(
+            found[format!("security.{}", "z".repeat(200)).as_bytes()],
+            vec![b'z'; i]
+        );
+    }
 }
 
 #[test]

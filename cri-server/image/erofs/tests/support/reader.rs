@@ -164,7 +164,7 @@ fn xattrs(mut area: &[u8]) -> BTreeMap<String, Vec<u8>> {
             6 => "security.",
             other => panic!("attribute namespace {other}"),
         };
-        let suffix = String::from_utf8(area[4..4 + name].to_vec()).unwrap();
+        let suffix = text(&area[4..4 + name]);
         found.insert(
             format!("{prefix}{suffix}"),
             area[4 + name..4 + name + value].to_vec(),
@@ -194,15 +194,16 @@ fn entries(directory: &[u8]) -> Vec<(String, u64, u8)> {
                 .take_while(|b| *b != 0)
                 .collect();
             assert!(last < name, "entries are sorted");
-            all.push((
-                String::from_utf8_lossy(&name).into_owned(),
-                u64_at(entry, 0),
-                entry[10],
-            ));
+            all.push((text(&name), u64_at(entry, 0), entry[10]));
             last = name;
         }
     }
     all
+}
+
+/// Names that are no text are shown so that different ones stay different.
+fn text(name: &[u8]) -> String {
+    String::from_utf8(name.to_vec()).unwrap_or_else(|_| name.escape_ascii().to_string())
 }
 
 fn kind_of(mode: u16) -> u8 {
