@@ -33,6 +33,9 @@ use tonic::{Request, Response, Status};
 
 pub type Key = (String, String, Kind);
 
+/// Absent while the process runs.
+pub type Exit = watch::Receiver<Option<v1::ExecExit>>;
+
 /// What the agent keeps of one output.
 #[derive(Debug, Default)]
 pub struct Output {
@@ -108,7 +111,7 @@ pub struct Shared {
     pub connections: AtomicUsize,
     pub refuse: AtomicBool,
     pub calls: Mutex<Vec<String>>,
-    pub exits: Mutex<HashMap<(String, String), watch::Receiver<Option<v1::ExecExit>>>>,
+    pub exits: Mutex<HashMap<(String, String), Exit>>,
     pub drop_rpc: Notify,
     pub on_exec: Mutex<Option<mpsc::UnboundedSender<v1::StartExecRequest>>>,
 }

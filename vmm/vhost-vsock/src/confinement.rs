@@ -1,0 +1,107 @@
+//! What is left to a process that holds a guest's memory: no new privileges, and the system calls it needs.
+//!
+//! A call that is not on the list answers ENOSYS instead of killing the process: a C library that tries a new call falls back to the
+//! older one, and a taken-over process gets no further either way.
+
+use std::collections::BTreeMap;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
+/// Why the process could not be confined.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfinementError {
+    #[error("cannot give up new privileges")]
+    Privileges(#[source] rustix::io::Errno),
+    #[error("cannot build the filter of system calls")]
+    Filter(#[source] seccompiler::BackendError),
+    #[error("cannot install the filter of system calls")]
+    Install(#[source] seccompiler::Error),
+}
+
+/// What the device and the libraries below it do once the sockets are open.
+const ALLOWED: &[libc::c_long] = &[
+    // Sockets and event descriptors that are open, come over a socket, or are accepted.
+    libc::SYS_accept4,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_statx,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Memory, the guest's included.
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    // Threads: the one that serves the hypervisor starts with its connection.
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_futex,
+    libc::SYS_gettid,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    // Names of threads, by prctl(PR_SET_NAME).
+    libc::SYS_prctl,
+    // Signals, time, random numbers, and the end.
+    libc::SYS_clock_gettime,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+];
+
+/// Raises the number of open files as far as it goes: a connection is one. Best effort: the limit is met one connection at a time.
+pub(crate) fn raise_file_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let limit = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        eprintln!("vsock: the limit of open files stays as it is: {e}");
+    }
+}
+
+/// Applies to every thread, those that are running included.
+pub(crate) fn confine() -> Result<(), ConfinementError> {
+    rustix::thread::set_no_new_privs(true).map_err(ConfinementError::Privileges)?;
+    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> =
+        ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
+        SeccompAction::Allow,
+        std::env::consts::ARCH
+            .try_into()
+            .map_err(ConfinementError::Filter)?,
+    )
+    .map_err(ConfinementError::Filter)?;
+    let program: BpfProgram = filter.try_into().map_err(ConfinementError::Filter)?;
+    seccompiler::apply_filter_all_threads(&program).map_err(ConfinementError::Install)
+}
