@@ -393,6 +393,7 @@ impl Opened {
         Plan {
             id: &self.spec.id,
             engine: qemu.engine,
+            version: qemu.version,
             vcpus: self.spec.vcpus,
             max_vcpus: self.spec.max_vcpus,
             memory_mib: self.spec.memory_mib,
