@@ -25,7 +25,7 @@ use crate::{
     ContainerId, SandboxError,
     boot::{Boot, BootEnd},
     container::Live,
-    containers::{Entry, Fate, Work},
+    entry::{Entry, Fate, Work},
     journal::{PodPhase, PodRecord},
     registry::{Handle, Node, Outcome, Registry, Reply, Request, Snapshot, Terminate},
     undo::UndoStack,
@@ -182,12 +182,14 @@ impl Actor {
         (actor, inbox, handle)
     }
 
-    /// Serves the pod until it is removed, or until nobody can ask any more (then the VM goes on without us).
+    /// Serves the pod until it is removed, or until the daemon stops serving (then the VM goes on without us).
     pub(crate) async fn run(mut self, mut inbox: Inbox) {
         self.resume();
+        let mut closing = self.node.closing.subscribe();
         while self.state != State::Removed {
             tokio::select! {
                 biased;
+                () = ends(&mut closing) => return,
                 Some(exit) = self.children.vm.join_next() => self.vm_exited(exit).await,
                 asked = inbox.terminate.recv() => match asked {
                     Some(asked) => self.terminate(asked).await,
@@ -450,6 +452,13 @@ impl Actor {
                 .collect(),
         };
         self.snapshot.send_replace(Arc::new(snapshot));
+    }
+}
+
+/// Waits until the daemon stops serving.
+async fn ends(closing: &mut watch::Receiver<bool>) {
+    if closing.wait_for(|closing| *closing).await.is_err() {
+        tracing::debug!("the node is gone");
     }
 }
 

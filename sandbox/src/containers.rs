@@ -2,18 +2,16 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use caisson_guest::logs::ContainerLog;
 use caisson_lifecycle::{
     container::{Effect, Event, State, step},
-    exit::{self, Exit},
-    sandbox,
+    exit, sandbox,
 };
-use tokio::sync::watch;
 
 use crate::{
     ContainerId, SandboxError,
     actor::{Actor, answer},
     container::{self, Ending, Output, Started, Stop},
+    entry::{Entry, Fate, Work, phase, shown},
     journal::{ContainerPhase, ContainerRecord},
     registry::{Reply, Request},
     spec::ContainerSpec,
@@ -22,83 +20,6 @@ use crate::{
 
 /// Tasks for containers that may run at a time in one pod.
 const WORK_LIMIT: usize = 512;
-
-/// What tasks for containers report.
-pub(crate) enum Work {
-    Made {
-        id: ContainerId,
-        result: Result<(), SandboxError>,
-    },
-    Started {
-        id: ContainerId,
-        result: Result<Box<Started>, SandboxError>,
-    },
-    Ended {
-        id: ContainerId,
-        exit: Exit,
-    },
-    StopDone {
-        id: ContainerId,
-    },
-    Removed {
-        id: ContainerId,
-        result: Result<(), SandboxError>,
-    },
-    /// It has answered its caller itself.
-    Answered,
-}
-
-/// How containers end with their pod.
-pub(crate) enum Fate {
-    /// The pod was stopped.
-    Killed,
-    /// The VM ended by itself, for this reason.
-    Lost(String),
-}
-
-/// A container.
-pub(crate) struct Entry {
-    pub(crate) record: ContainerRecord,
-    pub(crate) state: State,
-    pub(crate) log: Option<Arc<ContainerLog>>,
-    ended: watch::Sender<bool>,
-    stops: usize,
-    creating: Vec<Reply<ContainerId>>,
-    starting: Option<Reply<()>>,
-    removing: Vec<Reply<()>>,
-}
-
-impl Entry {
-    pub(crate) fn new(record: ContainerRecord, state: State) -> Self {
-        let ended = matches!(state, State::Exited(_));
-        Self {
-            record,
-            state,
-            log: None,
-            ended: watch::Sender::new(ended),
-            stops: 0,
-            creating: Vec::new(),
-            starting: None,
-            removing: Vec::new(),
-        }
-    }
-
-    fn step(&mut self, event: Event) -> Vec<Effect> {
-        let (next, effects) = step(std::mem::replace(&mut self.state, State::Removed), event);
-        self.state = next;
-        if matches!(self.state.shown(), State::Exited(_)) {
-            self.ended.send_replace(true);
-        }
-        effects
-    }
-
-    fn wrong_state(&self, verb: &str) -> SandboxError {
-        SandboxError::WrongState {
-            what: format!("{verb} container {}", self.record.id.0),
-            state: self.state.as_str().into(),
-        }
-    }
-}
 
 impl Actor {
     /// Takes up what an earlier daemon began: running containers are watched again.
@@ -274,12 +195,8 @@ impl Actor {
         entry.removing.push(reply);
         if effects.contains(&Effect::Remove) {
             let (id, volumes) = (id.clone(), entry.record.volumes.clone());
-            let (journal, pod) = (self.node.journal.clone(), self.record.id.clone());
             self.spawn_work(async move {
-                let mut result = Box::pin(container::remove(live, id.clone(), volumes)).await;
-                if result.is_ok() {
-                    result = journal.delete_container(&pod, &id).await;
-                }
+                let result = Box::pin(container::remove(live, id.clone(), volumes)).await;
                 Work::Removed { id, result }
             });
         }
@@ -453,7 +370,11 @@ impl Actor {
         }
     }
 
-    async fn removed(&mut self, id: &ContainerId, result: Result<(), SandboxError>) {
+    async fn removed(&mut self, id: &ContainerId, mut result: Result<(), SandboxError>) {
+        if result.is_ok() {
+            // Here and not in the task: the exit that removal brings about may be written meanwhile.
+            result = self.node.journal.delete_container(&self.record.id, id).await;
+        }
         let event = if result.is_ok() {
             Event::Removed
         } else {
@@ -578,33 +499,5 @@ impl Actor {
                 })
             })
             .collect()
-    }
-}
-
-fn phase(state: &State) -> ContainerPhase {
-    match state.shown() {
-        State::Running { started_at } => ContainerPhase::Running {
-            started_at: *started_at,
-        },
-        State::Exited(exit) => ContainerPhase::Exited(exit.clone()),
-        _ => ContainerPhase::Created,
-    }
-}
-
-/// `None`: nobody knows it yet, or any more.
-fn shown(state: &State) -> Option<ContainerState> {
-    match state {
-        State::Creating | State::Removed | State::Removing { .. } => None,
-        State::Created | State::Starting => Some(ContainerState::Created),
-        State::Running { started_at } => Some(ContainerState::Running {
-            started_at: *started_at,
-        }),
-        State::Exited(exit) => Some(ContainerState::Exited {
-            started_at: exit.started_at,
-            finished_at: exit.finished_at,
-            exit_code: exit.code,
-            reason: exit.reason.as_str().into(),
-            message: exit.message.clone(),
-        }),
     }
 }

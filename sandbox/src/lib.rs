@@ -10,6 +10,7 @@ mod cgroup;
 mod console;
 mod container;
 mod containers;
+mod entry;
 mod error;
 mod files;
 mod identity;
@@ -31,7 +32,7 @@ use std::{
 use caisson_hypervisor::Hypervisor;
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::JoinSet,
 };
 
@@ -122,6 +123,7 @@ impl Sandboxes {
             cgroups,
             host_cpus,
             template_lane: tokio::sync::Mutex::default(),
+            closing: watch::Sender::new(false),
         });
         let inner = Inner {
             node,
@@ -139,6 +141,7 @@ impl Sandboxes {
     /// Stops serving, in an order that leaves nothing half written. VMs and containers go on; a boot that goes on is rolled back by the
     /// next [`Sandboxes::open`]. Every later call finds no pods.
     pub async fn close(&self) {
+        self.inner.node.closing.send_replace(true);
         self.inner.registry.clear();
         let mut actors =
             std::mem::take(&mut *self.inner.actors.lock().unwrap_or_else(PoisonError::into_inner));
@@ -147,6 +150,9 @@ impl Sandboxes {
 
     /// Runs a pod. A retry with the same identity joins the call in progress; a pod of the same identity that is ready is answered as it is.
     pub async fn run(&self, spec: spec::PodSpec) -> Result<SandboxId, SandboxError> {
+        if self.closing() {
+            return Err(SandboxError::Gone(spec.identity.name));
+        }
         let identity = spec.identity.clone();
         let (id, handle) = self.inner.registry.reserve(&identity, || self.inner.boot(spec));
         let mut outcome = handle.outcome.clone();
@@ -197,6 +203,7 @@ impl Sandboxes {
         }
         match answer.await {
             Ok(result) => result,
+            Err(_) if self.closing() => Err(SandboxError::Gone(id)),
             // Removed before it read the message.
             Err(_) if self.inner.registry.pod(&id).is_err() => Ok(()),
             Err(_) => Err(SandboxError::Gone(id)),
@@ -329,6 +336,10 @@ impl Sandboxes {
         images
     }
 
+    fn closing(&self) -> bool {
+        *self.inner.node.closing.borrow()
+    }
+
     fn known_container(&self, id: &str) -> Result<Option<(Handle, view::ContainerView)>, SandboxError> {
         match self.inner.registry.container(id) {
             Err(SandboxError::NoContainer(_)) => Ok(None),
@@ -355,6 +366,7 @@ impl Sandboxes {
         }
         match answer.await {
             Ok(result) => result,
+            Err(_) if self.closing() => Err(SandboxError::Gone(handle.latest().sandbox.id.0.clone())),
             Err(_) => Err(SandboxError::Cancelled {
                 what: format!("{what} in pod sandbox {}", handle.latest().sandbox.id.0),
                 why: "the pod sandbox was stopped",

@@ -26,7 +26,7 @@ use crate::{
     actor::{Actor, Remains},
     boot::while_vm_lives,
     container::{Live, Output, discard},
-    containers::Entry,
+    entry::Entry,
     guest,
     journal::{ContainerPhase, ContainerRecord, PodPhase, PodRecord, blocking},
     registry::{Node, Registry},

@@ -31,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) host_cpus: u32,
     /// So that the first pods don't all make the same template.
     pub(crate) template_lane: tokio::sync::Mutex<()>,
+    /// True once the daemon stops serving.
+    pub(crate) closing: watch::Sender<bool>,
 }
 
 impl Node {

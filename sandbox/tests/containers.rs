@@ -285,6 +285,26 @@ async fn containers_of_a_vm_that_dies_have_exited_and_can_be_removed() {
 }
 
 #[tokio::test]
+async fn removing_a_running_container_ends_it_and_leaves_no_record() {
+    let node = Node::default();
+    let (pods, pod, machine) = pod(&node).await;
+    for n in 0..20 {
+        let id = pods
+            .create_container(&pod.0, container(&format!("c{n}")))
+            .await
+            .unwrap();
+        pods.start_container(&id.0).await.unwrap();
+        let (a, b) = tokio::join!(pods.remove_container(&id.0), pods.remove_container(&id.0));
+        a.unwrap();
+        b.unwrap();
+    }
+    assert!(machine.guest.containers.lock().unwrap().is_empty());
+    pods.close().await;
+    drop(pods);
+    assert!(node.open().await.list_containers().await.is_empty());
+}
+
+#[tokio::test]
 async fn requests_in_the_wrong_state_say_which() {
     let node = Node::default();
     let (pods, pod, _) = pod(&node).await;

@@ -1,0 +1,124 @@
+//! One container as its pod's actor keeps it, and what is reported about it.
+
+use std::sync::Arc;
+
+use caisson_guest::logs::ContainerLog;
+use caisson_lifecycle::{
+    container::{Effect, Event, State, step},
+    exit::Exit,
+};
+use tokio::sync::watch;
+
+use crate::{
+    ContainerId, SandboxError,
+    container::Started,
+    journal::{ContainerPhase, ContainerRecord},
+    registry::Reply,
+    view::ContainerState,
+};
+
+/// What tasks for containers report.
+pub(crate) enum Work {
+    Made {
+        id: ContainerId,
+        result: Result<(), SandboxError>,
+    },
+    Started {
+        id: ContainerId,
+        result: Result<Box<Started>, SandboxError>,
+    },
+    Ended {
+        id: ContainerId,
+        exit: Exit,
+    },
+    StopDone {
+        id: ContainerId,
+    },
+    Removed {
+        id: ContainerId,
+        result: Result<(), SandboxError>,
+    },
+    /// It has answered its caller itself.
+    Answered,
+}
+
+/// How containers end with their pod.
+pub(crate) enum Fate {
+    /// The pod was stopped.
+    Killed,
+    /// The VM ended by itself, for this reason.
+    Lost(String),
+}
+
+/// A container.
+pub(crate) struct Entry {
+    pub(crate) record: ContainerRecord,
+    pub(crate) state: State,
+    pub(crate) log: Option<Arc<ContainerLog>>,
+    pub(crate) ended: watch::Sender<bool>,
+    pub(crate) stops: usize,
+    pub(crate) creating: Vec<Reply<ContainerId>>,
+    pub(crate) starting: Option<Reply<()>>,
+    pub(crate) removing: Vec<Reply<()>>,
+}
+
+impl Entry {
+    pub(crate) fn new(record: ContainerRecord, state: State) -> Self {
+        let ended = matches!(state, State::Exited(_));
+        Self {
+            record,
+            state,
+            log: None,
+            ended: watch::Sender::new(ended),
+            stops: 0,
+            creating: Vec::new(),
+            starting: None,
+            removing: Vec::new(),
+        }
+    }
+
+    pub(crate) fn step(&mut self, event: Event) -> Vec<Effect> {
+        let (next, effects) = step(std::mem::replace(&mut self.state, State::Removed), event);
+        self.state = next;
+        if matches!(self.state.shown(), State::Exited(_)) {
+            self.ended.send_replace(true);
+        }
+        effects
+    }
+
+    pub(crate) fn wrong_state(&self, verb: &str) -> SandboxError {
+        SandboxError::WrongState {
+            what: format!("{verb} container {}", self.record.id.0),
+            state: self.state.as_str().into(),
+        }
+    }
+}
+
+/// As it is journaled.
+pub(crate) fn phase(state: &State) -> ContainerPhase {
+    match state.shown() {
+        State::Running { started_at } => ContainerPhase::Running {
+            started_at: *started_at,
+        },
+        State::Exited(exit) => ContainerPhase::Exited(exit.clone()),
+        _ => ContainerPhase::Created,
+    }
+}
+
+/// `None`: nobody knows it yet, or any more.
+pub(crate) fn shown(state: &State) -> Option<ContainerState> {
+    match state {
+        State::Creating | State::Removed | State::Removing { .. } => None,
+        State::Created | State::Starting => Some(ContainerState::Created),
+        State::Running { started_at } => Some(ContainerState::Running {
+            started_at: *started_at,
+        }),
+        State::Exited(exit) => Some(ContainerState::Exited {
+            started_at: exit.started_at,
+            finished_at: exit.finished_at,
+            exit_code: exit.code,
+            reason: exit.reason.as_str().into(),
+            message: exit.message.clone(),
+        }),
+    }
+}
