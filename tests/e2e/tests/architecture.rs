@@ -12,14 +12,27 @@ use caisson_e2e::{checkout, host::text};
 const ALLOWED: &[(&str, &[&str])] = &[
     (
         "caissond",
-        &["caisson-cri-api", "caisson-hypervisor", "caisson-image", "caisson-net", "caisson-qemu", "caisson-sandbox"],
+        &[
+            "caisson-cri-api",
+            "caisson-hypervisor",
+            "caisson-image",
+            "caisson-net",
+            "caisson-qemu",
+            "caisson-sandbox",
+        ],
     ),
     ("caisson-cri-api", &[]),
     ("caisson-image", &["caisson-erofs"]),
     ("caisson-erofs", &[]),
     (
         "caisson-sandbox",
-        &["caisson-agent-api", "caisson-guest", "caisson-hypervisor", "caisson-lifecycle", "caisson-net"],
+        &[
+            "caisson-agent-api",
+            "caisson-guest",
+            "caisson-hypervisor",
+            "caisson-lifecycle",
+            "caisson-net",
+        ],
     ),
     ("caisson-lifecycle", &[]),
     ("caisson-guest", &["caisson-agent-api"]),
@@ -43,7 +56,12 @@ const RESERVED: &[(&str, &[&str])] = &[
 
 #[test]
 fn dependencies_point_one_way() -> Result<()> {
-    let metadata = text(Command::new("cargo").current_dir(checkout()).args(["metadata", "--no-deps", "--offline", "--format-version=1"]))?;
+    let metadata = text(Command::new("cargo").current_dir(checkout()).args([
+        "metadata",
+        "--no-deps",
+        "--offline",
+        "--format-version=1",
+    ]))?;
     let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
     let mut rooms = BTreeMap::new();
     for package in metadata["packages"].as_array().context("no packages")? {
@@ -60,23 +78,34 @@ fn dependencies_point_one_way() -> Result<()> {
     }
     let allowed: BTreeMap<_, _> = ALLOWED.iter().copied().collect();
     for (room, dependencies) in &rooms {
-        let may = allowed.get(room).with_context(|| format!("{room} is not in the list of rooms"))?;
+        let may = allowed
+            .get(room)
+            .with_context(|| format!("{room} is not in the list of rooms"))?;
         for dependency in dependencies.iter().filter(|d| rooms.contains_key(*d)) {
             ensure!(may.contains(dependency), "{room} must not depend on {dependency}");
         }
     }
     for (library, owners) in RESERVED {
         for (room, dependencies) in &rooms {
-            ensure!(!dependencies.contains(library) || owners.contains(room), "{room} must not use {library}: {owners:?} own it");
+            ensure!(
+                !dependencies.contains(library) || owners.contains(room),
+                "{room} must not use {library}: {owners:?} own it"
+            );
         }
     }
     // The pure room stays pure.
     for impure in ["tokio", "tonic", "rustix", "libc", "nix"] {
-        ensure!(!rooms["caisson-lifecycle"].contains(impure), "caisson-lifecycle must not use {impure}");
+        ensure!(
+            !rooms["caisson-lifecycle"].contains(impure),
+            "caisson-lifecycle must not use {impure}"
+        );
     }
     for asynchronous in ["tokio", "tonic"] {
         for room in ["caisson-devices", "caisson-vhost-vsock"] {
-            ensure!(!rooms[room].contains(asynchronous), "{room} must not use {asynchronous}");
+            ensure!(
+                !rooms[room].contains(asynchronous),
+                "{room} must not use {asynchronous}"
+            );
         }
     }
     Ok(())

@@ -20,7 +20,11 @@ fn crictl_runs_the_pod_of_the_readme() -> Result<()> {
         std::path::PathBuf::from,
     );
     let crictl = cache.join("bin/crictl");
-    ensure!(crictl.exists(), "{} is missing: run `make crictl` first", crictl.display());
+    ensure!(
+        crictl.exists(),
+        "{} is missing: run `make crictl` first",
+        crictl.display()
+    );
 
     let host = Host::enter()?;
     let before = host.leftovers()?;
@@ -32,7 +36,18 @@ fn crictl_runs_the_pod_of_the_readme() -> Result<()> {
         // crictl waits two seconds by default; an emulated VM takes longer to boot.
         let crictl = |arguments: &[&str]| -> Result<String> {
             let answer = text(
-                Command::new(&crictl).args(["-t", "60s", "-r", &endpoint, "-i", &endpoint, "--config", "/dev/null"]).args(arguments),
+                Command::new(&crictl)
+                    .args([
+                        "-t",
+                        "60s",
+                        "-r",
+                        &endpoint,
+                        "-i",
+                        &endpoint,
+                        "--config",
+                        "/dev/null",
+                    ])
+                    .args(arguments),
             )?;
             Ok(answer.trim().to_owned())
         };
@@ -40,8 +55,14 @@ fn crictl_runs_the_pod_of_the_readme() -> Result<()> {
         // The README's files, with this test's registry and directories in place of the reader's.
         let readme = fs::read_to_string(checkout().join("README.md"))?;
         let file = |name: &str| -> Result<String> {
-            let after = readme.split_once(&format!("cat >{name} <<EOF\n")).with_context(|| format!("no {name} in the README"))?.1;
-            let content = after.split_once("\nEOF\n").with_context(|| format!("{name} has no end in the README"))?.0;
+            let after = readme
+                .split_once(&format!("cat >{name} <<EOF\n"))
+                .with_context(|| format!("no {name} in the README"))?
+                .1;
+            let content = after
+                .split_once("\nEOF\n")
+                .with_context(|| format!("{name} has no end in the README"))?
+                .0;
             let content = content
                 .replace("127.0.0.1:5000/demo/busybox:1", &image)
                 .replace("/tmp/caisson/logs", &host.log_dir("hello")?.display().to_string());
@@ -58,9 +79,15 @@ fn crictl_runs_the_pod_of_the_readme() -> Result<()> {
         let id = crictl(&["create", &pod_id, &container, &pod])?;
         crictl(&["start", &id])?;
         ensure!(crictl(&["ps"])?.contains(&id[..12]));
-        eventually("the container's log", std::time::Duration::from_secs(20), async || {
-            crictl(&["logs", &id]).ok().filter(|log| log.contains("hello from a VM"))
-        })
+        eventually(
+            "the container's log",
+            std::time::Duration::from_secs(20),
+            async || {
+                crictl(&["logs", &id])
+                    .ok()
+                    .filter(|log| log.contains("hello from a VM"))
+            },
+        )
         .await?;
         ensure!(crictl(&["exec", "-s", &id, "uname", "-s"])? == "Linux");
         // Prefixes of ids are enough, as with other runtimes.

@@ -193,10 +193,15 @@ async fn hypervisor(cri: &mut Cri) -> Result<()> {
             condition.message
         );
     }
-    for (key, value) in status.info {
-        if key == "hypervisor" {
-            println!("    {}", value.trim_matches('"'));
-        }
+    let description = status
+        .info
+        .get("hypervisor")
+        .and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    if let Some(description) = description
+        .as_ref()
+        .and_then(|value| value["description"].as_str())
+    {
+        println!("    {description}");
     }
     Ok(())
 }
