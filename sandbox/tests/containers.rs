@@ -1,6 +1,6 @@
 //! Containers in a pod: files in, logs and messages out, starts that fail, stops that are bounded.
 
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 mod fake_host;
 
