@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
 
 /// Why the process could not be confined.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +62,6 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_yield,
     libc::SYS_set_robust_list,
-    // Names of threads, by prctl(PR_SET_NAME).
-    libc::SYS_prctl,
     // Signals, time, random numbers, and the end.
     libc::SYS_clock_gettime,
     libc::SYS_exit,
@@ -74,6 +74,14 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
     libc::SYS_tgkill,
+];
+
+/// Calls of many uses, with the one value that their argument of this index may have.
+const ALLOWED_WITH: &[(libc::c_long, u8, u64)] = &[
+    // Sockets that do not block.
+    (libc::SYS_ioctl, 1, libc::FIONBIO),
+    // Names of threads.
+    (libc::SYS_prctl, 0, libc::PR_SET_NAME.unsigned_abs() as u64),
 ];
 
 /// Raises the number of open files as far as it goes: a connection is one. Best effort: the limit is met one connection at a time.
@@ -91,8 +99,13 @@ pub(crate) fn raise_file_limit() {
 /// Applies to every thread, those that are running included.
 pub(crate) fn confine() -> Result<(), ConfinementError> {
     rustix::thread::set_no_new_privs(true).map_err(ConfinementError::Privileges)?;
-    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> =
-        ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
+    for (call, argument, value) in ALLOWED_WITH {
+        let rule = SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *value)
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+            .map_err(ConfinementError::Filter)?;
+        rules.insert(*call, vec![rule]);
+    }
     let filter = SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
