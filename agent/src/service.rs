@@ -1,0 +1,302 @@
+//! The agent proper: listens, and hands each verb to the module that does it.
+//!
+//! A client that goes away drops the handler of its call; so what changes something runs in a task of its own, to its end.
+
+use std::{
+    pin::Pin,
+    process::ExitCode,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use caisson_agent_api::{
+    MAX_MESSAGE_BYTES,
+    v1::{self, agent_server},
+};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use tokio::io::{AsyncRead as _, AsyncWrite as _};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    clock, configure,
+    console::complain,
+    create,
+    error::AgentError,
+    exec,
+    guest::Guest,
+    hello,
+    listen::{Connection, Listener},
+    remove, signal, start, streams, terminal, volumes, wait,
+};
+
+/// Most threads that wait for the kernel at a time.
+const BLOCKING_THREADS: usize = 16;
+
+/// Runs the agent; returns when it cannot go on.
+pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> ExitCode {
+    // Under HostPID a container would see this process: it must not look into it.
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        complain(&format!("hiding the agent: {error}"));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(512 << 10)
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            complain(&format!("starting: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let error = runtime.block_on(async {
+        let first = arguments.next();
+        let (rpc, stream) = match listeners(first.as_deref(), arguments.next().as_deref()) {
+            Ok(both) => both,
+            Err(error) => return error,
+        };
+        let kernel_nanos = first.and_then(|nanos| nanos.parse().ok()).unwrap_or(0);
+        let guest = Arc::new(Guest::new(kernel_nanos, clock::boot_nanos()));
+        serve(guest, rpc, stream).await;
+        std::io::Error::other("both listeners ended")
+    });
+    complain(&format!("listening: {error}"));
+    ExitCode::FAILURE
+}
+
+#[cfg(not(feature = "component-test"))]
+fn listeners(_first: Option<&str>, _second: Option<&str>) -> std::io::Result<(Listener, Listener)> {
+    Ok((Listener::rpc()?, Listener::streams()?))
+}
+
+#[cfg(feature = "component-test")]
+fn listeners(first: Option<&str>, second: Option<&str>) -> std::io::Result<(Listener, Listener)> {
+    match (first, second) {
+        (Some("--unix"), Some(path)) => Ok((
+            Listener::unix(&format!("{path}.rpc"))?,
+            Listener::unix(&format!("{path}.streams"))?,
+        )),
+        _ => Ok((Listener::rpc()?, Listener::streams()?)),
+    }
+}
+
+async fn serve(guest: Arc<Guest>, rpc: Listener, stream: Listener) {
+    let service = agent_server::AgentServer::new(Service {
+        guest: Arc::clone(&guest),
+    })
+    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let calls = rpc.run(Arc::new(move |connection| {
+        let service = hyper_util::service::TowerToHyperService::new(service.clone());
+        let served = hyper::server::conn::http2::Builder::new(Spawner)
+            .max_concurrent_streams(256)
+            .serve_connection(Io(connection), service);
+        // An error is a broken connection: the daemon knows, and comes again.
+        tokio::spawn(async move { served.await.is_ok() });
+    }));
+    let copies = stream.run(Arc::new(move |connection| {
+        let guest = Arc::clone(&guest);
+        tokio::spawn(async move { streams::serve(guest, connection).await.is_ok() });
+    }));
+    tokio::join!(calls, copies);
+}
+
+/// Lets hyper start tasks on this runtime.
+#[derive(Debug, Clone, Copy)]
+struct Spawner;
+
+impl<F> hyper::rt::Executor<F> for Spawner
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::spawn(future);
+    }
+}
+
+/// Runs what waits for the kernel on a thread of its own.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, AgentError> + Send + 'static,
+) -> Result<T, AgentError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => Err(broken(error)),
+    }
+}
+
+/// Runs a change to its end, whoever still listens.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, AgentError>> + Send + 'static,
+) -> Result<T, AgentError> {
+    match tokio::spawn(work).await {
+        Ok(done) => done,
+        Err(error) => Err(broken(error)),
+    }
+}
+
+fn broken(error: tokio::task::JoinError) -> AgentError {
+    AgentError::Step {
+        step: "running a verb".to_owned(),
+        source: std::io::Error::other(error),
+    }
+}
+
+/// A connection as hyper wants it.
+struct Io(Box<dyn Connection>);
+
+impl hyper::rt::Read for Io {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        mut cursor: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        // Through a buffer of our own, so that no uninitialised memory is touched here.
+        let mut bytes = [0; 8192];
+        let limit = cursor.remaining().min(bytes.len());
+        let mut buffer = tokio::io::ReadBuf::new(&mut bytes[..limit]);
+        std::task::ready!(Pin::new(&mut self.0).poll_read(context, &mut buffer))?;
+        cursor.put_slice(buffer.filled());
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl hyper::rt::Write for Io {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
+
+/// The verbs.
+struct Service {
+    guest: Arc<Guest>,
+}
+
+impl Service {
+    async fn change<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Guest) -> Result<T, AgentError> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let guest = Arc::clone(&self.guest);
+        Ok(Response::new(blocking(move || work(&guest)).await?))
+    }
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl agent_server::Agent for Service {
+    async fn hello(&self, _: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
+        Ok(Response::new(hello::hello(&self.guest)))
+    }
+
+    async fn configure_sandbox(
+        &self,
+        request: Request<v1::ConfigureSandboxRequest>,
+    ) -> Answer<v1::ConfigureSandboxReply> {
+        self.change(move |guest| configure::configure(guest, request.into_inner()))
+            .await
+    }
+
+    async fn put_volume(&self, request: Request<v1::PutVolumeRequest>) -> Answer<v1::PutVolumeReply> {
+        self.change(move |guest| volumes::put(guest, request.get_ref()).map(|()| v1::PutVolumeReply {}))
+            .await
+    }
+
+    async fn remove_volume(
+        &self,
+        request: Request<v1::RemoveVolumeRequest>,
+    ) -> Answer<v1::RemoveVolumeReply> {
+        self.change(move |guest| volumes::remove(guest, request.get_ref()).map(|()| v1::RemoveVolumeReply {}))
+            .await
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<v1::CreateContainerRequest>,
+    ) -> Answer<v1::CreateContainerReply> {
+        self.change(move |guest| {
+            create::create(guest, request.into_inner()).map(|()| v1::CreateContainerReply {})
+        })
+        .await
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<v1::StartContainerRequest>,
+    ) -> Answer<v1::StartContainerReply> {
+        let guest = Arc::clone(&self.guest);
+        let work = async move { start::start(guest, &request.get_ref().container_id).await };
+        Ok(Response::new(to_the_end(work).await?))
+    }
+
+    async fn wait_container(&self, request: Request<v1::WaitContainerRequest>) -> Answer<v1::ContainerExit> {
+        let exit = wait::container(Arc::clone(&self.guest), &request.get_ref().container_id).await?;
+        Ok(Response::new(exit))
+    }
+
+    async fn signal_container(
+        &self,
+        request: Request<v1::SignalContainerRequest>,
+    ) -> Answer<v1::SignalContainerReply> {
+        signal::container(&self.guest, request.get_ref())?;
+        Ok(Response::new(v1::SignalContainerReply {}))
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<v1::RemoveContainerRequest>,
+    ) -> Answer<v1::RemoveContainerReply> {
+        let guest = Arc::clone(&self.guest);
+        to_the_end(async move { remove::remove(guest, &request.get_ref().container_id).await }).await?;
+        Ok(Response::new(v1::RemoveContainerReply {}))
+    }
+
+    async fn list_containers(
+        &self,
+        _: Request<v1::ListContainersRequest>,
+    ) -> Answer<v1::ListContainersReply> {
+        Ok(Response::new(wait::list(&self.guest)))
+    }
+
+    async fn start_exec(&self, request: Request<v1::StartExecRequest>) -> Answer<v1::StartExecReply> {
+        let work = exec::start(Arc::clone(&self.guest), request.into_inner());
+        Ok(Response::new(to_the_end(work).await?))
+    }
+
+    async fn wait_exec(&self, request: Request<v1::WaitExecRequest>) -> Answer<v1::ExecExit> {
+        Ok(Response::new(
+            wait::exec(Arc::clone(&self.guest), request.get_ref()).await?,
+        ))
+    }
+
+    async fn signal_exec(&self, request: Request<v1::SignalExecRequest>) -> Answer<v1::SignalExecReply> {
+        signal::exec(&self.guest, request.get_ref())?;
+        Ok(Response::new(v1::SignalExecReply {}))
+    }
+
+    async fn remove_exec(&self, request: Request<v1::RemoveExecRequest>) -> Answer<v1::RemoveExecReply> {
+        exec::remove(&self.guest, request.get_ref())?;
+        Ok(Response::new(v1::RemoveExecReply {}))
+    }
+
+    async fn resize_terminal(
+        &self,
+        request: Request<v1::ResizeTerminalRequest>,
+    ) -> Answer<v1::ResizeTerminalReply> {
+        terminal::resize(&self.guest, request.get_ref())?;
+        Ok(Response::new(v1::ResizeTerminalReply {}))
+    }
+}

@@ -1,0 +1,218 @@
+//! A container's file systems: what is mounted where, in the container's own mount namespace, and how it becomes the root.
+//!
+//! Runs in the second half, before it has entered the root: sources are the agent's paths, destinations are resolved inside the root.
+
+use std::{
+    ffi::{CStr, CString},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use rustix::{
+    fs::{Mode, OFlags, StatVfsMountFlags},
+    io::Errno,
+    mount::{
+        MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount,
+        unmount,
+    },
+};
+
+use super::{At, StageError, device_nodes};
+use crate::{
+    rootfs::{self, Want, name_of},
+    stage_spec::{RootSpec, StageMount},
+};
+
+/// f_type of procfs.
+const PROC_SUPER_MAGIC: i64 = 0x9fa0;
+
+/// One tmpfs for all containers of the pod, as they share their IPC namespace.
+pub(crate) const POD_SHM: &str = "/run/shm";
+
+/// Mounts everything into the root; the answer is an open location of the root.
+pub(super) fn build(spec: &RootSpec) -> Result<OwnedFd, StageError> {
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .at(|| "making the mount namespace private")?;
+    let root = rustix::fs::open(
+        &spec.path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .at(|| format!("opening the root file system {}", spec.path))?;
+    kernel_file_systems(&root, spec.privileged)?;
+    for mount in &spec.mounts {
+        one(&root, mount)?;
+    }
+    for path in &spec.readonly_paths {
+        make_readonly(&root, path)?;
+    }
+    for path in &spec.masked {
+        mask(&root, path)?;
+    }
+    Ok(root)
+}
+
+fn kernel_file_systems(root: &OwnedFd, privileged: bool) -> Result<(), StageError> {
+    let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let system = if privileged {
+        quiet
+    } else {
+        quiet | MountFlags::RDONLY
+    };
+    special(root, "/proc", "proc", quiet, c"")?;
+    special(
+        root,
+        "/dev",
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::STRICTATIME,
+        c"mode=755,size=65536k",
+    )?;
+    let device_directory =
+        rootfs::open(root, "/dev", OFlags::RDONLY | OFlags::DIRECTORY).at(|| "opening /dev")?;
+    device_nodes::create(&device_directory, privileged)?;
+    special(
+        root,
+        "/dev/pts",
+        "devpts",
+        MountFlags::NOSUID | MountFlags::NOEXEC,
+        c"newinstance,ptmxmode=0666,mode=0620,gid=5",
+    )?;
+    special(root, "/dev/mqueue", "mqueue", quiet, c"")?;
+    bind(root, "/dev/shm", POD_SHM, false)?;
+    special(root, "/sys", "sysfs", system, c"")?;
+    special(root, "/sys/fs/cgroup", "cgroup2", system, c"")
+}
+
+fn special(
+    root: &OwnedFd,
+    path: &str,
+    kind: &str,
+    flags: MountFlags,
+    options: &CStr,
+) -> Result<(), StageError> {
+    let target = rootfs::ensure(root, path, Want::Directory).at(|| format!("creating {path}"))?;
+    mount(kind, name_of(&target), kind, flags, options).at(|| format!("mounting {kind} on {path}"))
+}
+
+fn one(root: &OwnedFd, wanted: &StageMount) -> Result<(), StageError> {
+    let path = &wanted.destination;
+    if !wanted.source.is_empty() {
+        return bind(root, path, &wanted.source, wanted.readonly);
+    }
+    let options =
+        CString::new(wanted.options.as_str()).map_err(|_| StageError::Protocol("NUL in mount options"))?;
+    let target = destination(root, path, Want::Directory)?;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    if wanted.readonly {
+        flags |= MountFlags::RDONLY;
+    }
+    mount("tmpfs", name_of(&target), "tmpfs", flags, options.as_c_str())
+        .at(|| format!("mounting tmpfs on {path}"))
+}
+
+fn bind(root: &OwnedFd, path: &str, source: &str, readonly: bool) -> Result<(), StageError> {
+    let directory = std::fs::metadata(source)
+        .at(|| format!("looking at {source}"))?
+        .is_dir();
+    let target = destination(root, path, if directory { Want::Directory } else { Want::File })?;
+    mount_bind(source, name_of(&target)).at(|| format!("binding {source} to {path}"))?;
+    if readonly {
+        remount_readonly(root, path)?;
+    }
+    Ok(())
+}
+
+/// Where a mount goes. Never into /proc, by whatever links the image has: what is there would be believed by this very stage.
+fn destination(root: &OwnedFd, path: &str, want: Want) -> Result<OwnedFd, StageError> {
+    let target = rootfs::ensure(root, path, want).at(|| format!("creating mount point {path}"))?;
+    let kind = rustix::fs::fstatfs(&target)
+        .at(|| format!("looking at mount point {path}"))?
+        .f_type;
+    if kind == PROC_SUPER_MAGIC {
+        return Err(StageError::Invalid(format!(
+            "mount destination {path} is inside /proc"
+        )));
+    }
+    Ok(target)
+}
+
+/// Makes the mount at `path` read-only, keeping its other flags.
+fn remount_readonly(root: &OwnedFd, path: &str) -> Result<(), StageError> {
+    // A new lookup: the old location is below the mount now.
+    let mounted = rootfs::open(root, path, OFlags::PATH).at(|| format!("opening {path}"))?;
+    let old = rustix::fs::fstatvfs(&mounted)
+        .at(|| format!("looking at {path}"))?
+        .f_flag;
+    let mut flags = MountFlags::BIND | MountFlags::RDONLY;
+    for (has, keep) in [
+        (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+        (StatVfsMountFlags::NODEV, MountFlags::NODEV),
+        (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+        (StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
+        (StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
+        (StatVfsMountFlags::RELATIME, MountFlags::RELATIME),
+    ] {
+        if old.contains(has) {
+            flags |= keep;
+        }
+    }
+    mount_remount(name_of(&mounted), flags, c"").at(|| format!("making {path} read-only"))
+}
+
+fn existing(root: &OwnedFd, path: &str) -> Result<Option<(OwnedFd, bool)>, StageError> {
+    let directory = match rootfs::is_directory(root, path) {
+        Ok(Some(directory)) => directory,
+        Ok(None) => return Ok(None),
+        Err(error) => return Err(error).at(|| format!("looking at {path}")),
+    };
+    match rootfs::open(root, path, OFlags::PATH) {
+        Ok(fd) => Ok(Some((fd, directory))),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error).at(|| format!("opening {path}")),
+    }
+}
+
+fn make_readonly(root: &OwnedFd, path: &str) -> Result<(), StageError> {
+    let Some((target, _)) = existing(root, path)? else {
+        return Ok(());
+    };
+    let name = name_of(&target);
+    mount_bind(&name, &name).at(|| format!("binding {path} to itself"))?;
+    remount_readonly(root, path)
+}
+
+fn mask(root: &OwnedFd, path: &str) -> Result<(), StageError> {
+    let Some((target, directory)) = existing(root, path)? else {
+        return Ok(());
+    };
+    let masked = if directory {
+        mount(
+            "tmpfs",
+            name_of(&target),
+            "tmpfs",
+            MountFlags::RDONLY,
+            c"size=0k,nr_inodes=1",
+        )
+        .or_else(|_| mount("tmpfs", name_of(&target), "tmpfs", MountFlags::RDONLY, c""))
+    } else {
+        mount_bind("/dev/null", name_of(&target))
+    };
+    masked.at(|| format!("masking {path}"))
+}
+
+/// Binds `slave`, a terminal, to /dev/console.
+pub(super) fn console(root: impl AsFd, slave: impl AsFd) -> Result<(), StageError> {
+    let target = rootfs::ensure(root, "/dev/console", Want::File).at(|| "creating /dev/console")?;
+    mount_bind(name_of(slave), name_of(&target)).at(|| "binding the terminal to /dev/console")
+}
+
+/// Makes the built tree the root of this process, and drops everything that was visible before.
+pub(super) fn enter(spec: &RootSpec, root: OwnedFd) -> Result<(), StageError> {
+    if spec.readonly {
+        remount_readonly(&root, "/")?;
+    }
+    rustix::process::fchdir(&root).at(|| "entering the root file system")?;
+    // The old root ends on top of the new one, from where it is removed: no directory for it is needed.
+    rustix::process::pivot_root(".", ".").at(|| "changing the root")?;
+    unmount(".", UnmountFlags::DETACH).at(|| "removing the old root")?;
+    rustix::process::chdir("/").at(|| "entering the root")
+}
