@@ -47,8 +47,8 @@ pub async fn check(config: &Config) -> Report {
     let mut findings = vec![privileges(), kvm_device()];
     findings.push(hypervisor(config).await);
     findings.extend([
-        guest_file("guest kernel", &config.guest.kernel, "make kernel"),
-        guest_file("guest initramfs", &config.guest.initramfs, "make initramfs"),
+        guest_file("guest kernel", &config.guest.kernel, "make guest"),
+        guest_file("guest initramfs", &config.guest.initramfs, "make guest"),
         tun(),
         vhost_net(),
         vhost_vsock(),

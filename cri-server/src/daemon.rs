@@ -61,17 +61,15 @@ async fn open(config: &Config) -> anyhow::Result<Runtime> {
     )
     .await
     .context("cannot open the pods' state")?;
-    // Disks of removed images stay while a container uses them; here is where the last ones go.
-    if let Err(error) = images.collect(&sandboxes.images_in_use().await).await {
-        tracing::warn!(error = crate::status::chain(&error), "unused image files stay");
-    }
-    Ok(Runtime {
+    let runtime = Runtime {
         sandboxes,
         images,
         network,
         hypervisor,
         settings: Arc::new(settings(config)),
-    })
+    };
+    runtime.collect_images().await;
+    Ok(runtime)
 }
 
 /// The driver that was configured, or the best one for this host.

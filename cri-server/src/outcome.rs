@@ -60,9 +60,14 @@ struct Report {
 }
 
 impl Report {
+    /// Since the call began, to a tenth.
+    fn milliseconds(&self) -> f64 {
+        (self.started.elapsed().as_secs_f64() * 1e4).round() / 10.0
+    }
+
     fn tell(&mut self, error: Option<&RpcError>) {
         self.told = true;
-        let ms = self.started.elapsed().as_secs_f64() * 1e3;
+        let ms = self.milliseconds();
         match (error, self.effect) {
             (None, Effect::Read) => tracing::debug!(ms, code = "OK", "done"),
             (None, Effect::Change) => tracing::info!(ms, code = "OK", "done"),
@@ -92,7 +97,7 @@ fn level(code: Code, effect: Effect) -> Level {
 impl Drop for Report {
     fn drop(&mut self) {
         if !self.told {
-            let ms = self.started.elapsed().as_secs_f64() * 1e3;
+            let ms = self.milliseconds();
             tracing::info!(ms, "the client went away before the answer");
         }
     }

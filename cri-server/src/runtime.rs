@@ -7,6 +7,8 @@ use caisson_image::ImageStore;
 use caisson_net::Network;
 use caisson_sandbox::Sandboxes;
 
+use crate::status::chain;
+
 /// Shared by all calls; each handler is a function of it and a request.
 #[derive(Clone)]
 pub struct Runtime {
@@ -20,6 +22,16 @@ pub struct Runtime {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// What answers are made of.
     pub settings: Arc<Settings>,
+}
+
+impl Runtime {
+    /// Deletes the disks of removed images that no container uses any more. A failure is told and tried again next time.
+    pub async fn collect_images(&self) {
+        let in_use = self.sandboxes.images_in_use().await;
+        if let Err(error) = self.images.collect(&in_use).await {
+            tracing::warn!(error = chain(&error), "disks of removed images stay");
+        }
+    }
 }
 
 /// Settings that are told to clients.

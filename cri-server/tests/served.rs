@@ -1,6 +1,12 @@
 //! The CRI as a client sees it over a real socket: the server, its error edge and its empty rooms, with a hypervisor and a network that
 //! only fail. Pods that run are tested end to end (tests/e2e).
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
+
 use std::{path::Path, sync::Arc};
 
 use async_trait::async_trait;

@@ -168,7 +168,11 @@ pub struct Overrides {
 
 impl Overrides {
     fn apply(&self, merged: &mut Merged) {
-        let text = |path: &Path| toml::Value::String(path.to_string_lossy().into_owned());
+        // A person at a shell means a path from where he stands.
+        let text = |path: &Path| {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            toml::Value::String(path.to_string_lossy().into_owned())
+        };
         let texts = |list: &[PathBuf]| toml::Value::Array(list.iter().map(|path| text(path)).collect());
         let paths = [
             ("root", "--root", &self.root),
@@ -590,6 +594,16 @@ mod tests {
             problems[0].contains("--hypervisor") && problems[0].contains("\"xen\""),
             "{problems:?}"
         );
+    }
+
+    #[test]
+    fn relative_paths_of_flags_start_at_the_working_directory() {
+        let overrides = Overrides {
+            root: Some("here".into()),
+            ..Default::default()
+        };
+        let config = from("", &overrides).unwrap();
+        assert_eq!(config.daemon.root, std::env::current_dir().unwrap().join("here"));
     }
 
     #[test]

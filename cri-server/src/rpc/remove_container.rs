@@ -12,5 +12,6 @@ pub(super) async fn handle(
     let container = id("container_id", &request.container_id)?;
     note("container.id", container);
     runtime.sandboxes.remove_container(container).await?;
+    runtime.collect_images().await;
     Ok(v1::RemoveContainerResponse {})
 }

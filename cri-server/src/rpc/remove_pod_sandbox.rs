@@ -12,5 +12,6 @@ pub(super) async fn handle(
     let sandbox = id("pod_sandbox_id", &request.pod_sandbox_id)?;
     note("sandbox.id", sandbox);
     runtime.sandboxes.remove(sandbox).await?;
+    runtime.collect_images().await;
     Ok(v1::RemovePodSandboxResponse {})
 }
