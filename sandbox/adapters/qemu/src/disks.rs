@@ -178,8 +178,8 @@ async fn plug(
     let device = json!({
         "driver": "virtio-blk-pci",
         "id": names.device,
-        "bus": names.port,
-        "addr": "0x0",
+        "bus": names.bus,
+        "addr": names.address,
         "drive": names.node,
         "serial": disk.serial,
         "disable-legacy": "on",

@@ -1,8 +1,8 @@
 //! The QEMU driver: runs each VM as one `qemu-system-x86_64` process with one vhost-user vsock backend beside it, under KVM where
 //! KVM is usable and in software (TCG) elsewhere.
 //!
-//! Owns the choice of the accelerator ([`Qemu::detect`]), QEMU's command line, QMP, and the pool of PCIe root ports that makes
-//! hotplug possible (QEMU refuses it on `pcie.0` itself). Both processes open no path of the host but QEMU's own program files: kernel,
+//! Owns the choice of the accelerator ([`Qemu::detect`]), QEMU's command line, QMP, and the PCI bridges that make hotplug
+//! possible (QEMU refuses it on `pcie.0` itself). Both processes open no path of the host but QEMU's own program files: kernel,
 //! initramfs, disks, taps, sockets and the console are opened here and passed. Must not know any Pod, image or the agent.
 
 mod arguments;

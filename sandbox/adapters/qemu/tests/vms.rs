@@ -13,9 +13,7 @@ use std::{
 
 use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, ProcessRole, Vm};
 use caisson_qemu::{Accelerator, Qemu, QemuConfig};
-use machine::{
-    Bench, LIMIT, backend, distribution_kernel, driver, driver_as, processes_of, sleeping_initramfs,
-};
+use machine::{Bench, LIMIT, backend, cached_kernel, driver, driver_as, processes_of, sleeping_initramfs};
 
 fn disk(serial: &str, path: PathBuf) -> Disk {
     Disk {
@@ -363,26 +361,67 @@ async fn both_processes_run_without_privilege_and_without_a_network() {
 }
 
 #[tokio::test]
-async fn a_real_kernel_boots_takes_a_disk_and_gives_it_back() {
-    let Some(driver) = driver().await else { return };
-    let Some(kernel) = distribution_kernel() else {
+async fn the_distribution_kernel_boots_takes_a_disk_and_gives_it_back() {
+    let Some(kernel) = cached_kernel("distribution-", "vmlinuz") else {
         return;
     };
+    plug_and_unplug(kernel, &[]).await;
+}
+
+#[tokio::test]
+async fn the_tuned_kernel_boots_uses_a_disk_and_gives_it_back() {
+    let Some(kernel) = cached_kernel("kernel-", "vmlinux") else {
+        return;
+    };
+    // This one has the driver built in, which reads the partition table of each disk.
+    plug_and_unplug(
+        kernel,
+        &[
+            "[vda] 4096 512-byte logical blocks",
+            "[vda] 8192 512-byte logical blocks",
+        ],
+    )
+    .await;
+}
+
+async fn plug_and_unplug(kernel: PathBuf, seen: &[&str]) {
+    let Some(driver) = driver().await else { return };
     let bench = Bench::new();
     fs::write(bench.path("initramfs"), sleeping_initramfs()).unwrap();
     let mut spec = bench.spec();
     spec.kernel = kernel;
-    spec.memory_mib = 160;
+    spec.memory_mib = 192;
+    spec.attach_slots = 40;
+    spec.cmdline = vec!["ignore_loglevel".into()];
     let vm = driver.launch(spec).await.unwrap();
     bench.console_shows(&*vm, "UP").await;
     for round in 0..2 {
-        vm.attach(disk("data", bench.image("data.img", 1 << 20)))
+        vm.attach(disk("data", bench.image("data.img", (round as u64 + 1) << 21)))
             .await
             .unwrap();
-        assert_eq!(vm.record().slots[0].as_deref(), Some("data"), "round {round}");
+        assert_eq!(vm.record().slots[0].as_deref(), Some("data"));
+        if let Some(text) = seen.get(round) {
+            bench.console_shows(&*vm, text).await;
+        }
         vm.detach("data").await.unwrap();
-        assert_eq!(vm.record().slots, [None, None, None], "round {round}");
+        assert!(vm.record().slots.iter().all(Option::is_none));
     }
+    // The budget goes over more than one bridge.
+    for slot in 0..40 {
+        vm.attach(disk(&format!("disk-{slot}"), bench.path("data.img")))
+            .await
+            .unwrap();
+    }
+    assert!(matches!(
+        vm.attach(disk("x", bench.path("data.img"))).await,
+        Err(HypervisorError::NoSlot { .. })
+    ));
+    if !seen.is_empty() {
+        // 26 letters end with vdz; the fortieth disk is vdan.
+        bench.console_shows(&*vm, "[vdan] ").await;
+    }
+    vm.detach("disk-39").await.unwrap();
+    vm.detach("disk-0").await.unwrap();
     vm.kill().await.unwrap();
     assert!(!Path::new(&format!("/proc/{}", vmm_pid(&*vm))).exists());
 }

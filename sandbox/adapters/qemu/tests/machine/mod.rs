@@ -183,22 +183,20 @@ fn elf(code: &[u8]) -> Vec<u8> {
     image
 }
 
-/// The distribution's kernel from the cache that `guest/` fills, or `None` (said aloud).
-pub(crate) fn distribution_kernel() -> Option<PathBuf> {
+/// The newest kernel of this name from the cache that `guest/` fills (`distribution-*/vmlinuz`), or `None` (said aloud).
+pub(crate) fn cached_kernel(prefix: &str, file: &str) -> Option<PathBuf> {
     let cache = std::env::var_os("CAISSON_CACHE")
         .map(PathBuf::from)
         .or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache/caisson")))?;
-    let found = fs::read_dir(&cache)
-        .ok()?
-        .filter_map(Result::ok)
-        .find_map(|entry| {
-            let kernel = entry.path().join("vmlinuz");
-            (entry.file_name().to_string_lossy().starts_with("distribution-") && kernel.is_file())
-                .then_some(kernel)
-        });
+    let entries = fs::read_dir(&cache).into_iter().flatten().filter_map(Result::ok);
+    let found = entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
+        .map(|entry| entry.path().join(file))
+        .filter(|kernel| kernel.is_file())
+        .max_by_key(|kernel| fs::metadata(kernel).and_then(|m| m.modified()).ok());
     if found.is_none() {
         eprintln!(
-            "skipped: no distribution kernel in {} (guest/distribution.sh makes it)",
+            "skipped: no {prefix}*/{file} in {} (see guest/README.md)",
             cache.display()
         );
     }
