@@ -1,4 +1,7 @@
-//! An output stream that outlives its connections: reopened at the offset where it broke, as long as the VM lives.
+//! An output stream that outlives its connections, as long as the VM lives.
+//!
+//! Opening a stream at an offset acknowledges everything below it. So it is opened again where the acknowledgements stand, not where
+//! reading stands, and what had been read before is left out: bytes that are on their way to a file are still the agent's to keep.
 
 use std::time::Duration;
 
@@ -24,7 +27,10 @@ pub(crate) struct Follower {
     container: String,
     exec: String,
     kind: Kind,
+    /// The byte that comes next.
     offset: u64,
+    /// Everything below is safe, and need not be kept by the agent.
+    safe: u64,
     stream: Option<OutputStream>,
     outage: Outage,
 }
@@ -55,6 +61,7 @@ impl Follower {
             exec: exec.to_owned(),
             kind,
             offset,
+            safe: offset,
             stream: None,
             outage: Outage::none(),
         }
@@ -70,9 +77,12 @@ impl Follower {
             let start = stream.offset();
             match stream.next().await {
                 Ok(Some(bytes)) => {
-                    self.offset = stream.offset();
+                    let end = stream.offset();
                     self.outage = Outage::none();
-                    return Ok(Some(Piece { start, bytes }));
+                    if let Some(piece) = behind(self.offset, start, bytes) {
+                        self.offset = end;
+                        return Ok(Some(piece));
+                    }
                 }
                 Ok(None) => return Ok(None),
                 Err(GuestError::StreamBroken(offset)) => {
@@ -90,7 +100,9 @@ impl Follower {
         self.offset
     }
 
+    /// Everything below `offset` is safe.
     pub(crate) async fn acknowledge(&mut self, offset: u64) {
+        self.safe = self.safe.max(offset);
         if let Some(stream) = self.stream.as_mut()
             && let Err(error) = stream.acknowledge(offset).await
         {
@@ -98,7 +110,7 @@ impl Follower {
         }
     }
 
-    /// One attempt to open the stream at the offset; an error is final.
+    /// One attempt to open the stream; an error is final.
     async fn open(&mut self) -> Result<(), GuestError> {
         if self.outage.pausing {
             self.outage.backoff.pause().await;
@@ -106,7 +118,7 @@ impl Follower {
         }
         let opened = self
             .client
-            .output(&self.container, &self.exec, self.kind, self.offset)
+            .output(&self.container, &self.exec, self.kind, self.safe)
             .await;
         let error = match opened {
             Ok(stream) => {
@@ -118,15 +130,18 @@ impl Follower {
         self.outage.pausing = true;
         match error {
             GuestError::OffsetUnavailable { wanted, lowest } if lowest > wanted => {
-                tracing::error!(
-                    container.id = self.container,
-                    stream = ?self.kind,
-                    wanted,
-                    lowest,
-                    lost_bytes = lowest - wanted,
-                    "output is lost: the agent no longer has it"
-                );
-                self.offset = lowest;
+                if lowest > self.offset {
+                    tracing::error!(
+                        container.id = self.container,
+                        stream = ?self.kind,
+                        wanted = self.offset,
+                        lowest,
+                        lost_bytes = lowest - self.offset,
+                        "output is lost: the agent no longer has it"
+                    );
+                    self.offset = lowest;
+                }
+                self.safe = lowest;
                 Ok(())
             }
             // Broken, or silent: the VM may be starved or stopped, and is not given up.
@@ -148,5 +163,33 @@ impl Follower {
             }
             error => Err(error),
         }
+    }
+}
+
+/// What of a piece lies at `wanted` and behind it.
+fn behind(wanted: u64, start: u64, mut bytes: Vec<u8>) -> Option<Piece> {
+    let known = usize::try_from(wanted.saturating_sub(start)).unwrap_or(usize::MAX);
+    if known >= bytes.len() {
+        return None;
+    }
+    bytes.drain(..known);
+    Some(Piece {
+        start: start.max(wanted),
+        bytes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_read_before_is_left_out() {
+        let piece = |wanted, start| behind(wanted, start, b"abc".to_vec()).map(|p| (p.start, p.bytes));
+        assert_eq!(piece(10, 10), Some((10, b"abc".to_vec())));
+        assert_eq!(piece(12, 10), Some((12, b"c".to_vec())));
+        assert_eq!(piece(13, 10), None);
+        assert_eq!(piece(u64::MAX, 10), None);
+        assert_eq!(piece(5, 10), Some((10, b"abc".to_vec())));
     }
 }

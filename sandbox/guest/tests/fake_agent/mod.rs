@@ -185,7 +185,9 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
             if shared.refuse.load(Ordering::SeqCst) {
                 return;
             }
-            stream.write_all(b"OK 1073741824\n").await.unwrap();
+            if stream.write_all(b"OK 1073741824\n").await.is_err() {
+                return;
+            }
             match port {
                 RPC_PORT => relay(stream, rpc, shared).await,
                 STREAM_PORT => serve_stream(stream, &shared).await,
