@@ -349,7 +349,7 @@ async fn live_and_die(lives: Vec<Life>, frame: usize, break_after: usize) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn every_byte_is_in_the_log_once_through_broken_connections_and_crashes(
         lives in proptest::collection::vec(life(), 1..4),
