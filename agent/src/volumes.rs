@@ -194,7 +194,7 @@ fn write(place: &Path, entries: &[v1::VolumeEntry]) -> io::Result<()> {
         write_entry(&root, entry)?;
     }
     let wanted: HashSet<&[u8]> = entries.iter().map(|entry| entry.path.as_slice()).collect();
-    remove_others(&root, place, b"", &wanted)
+    remove_others(&root, b"", &wanted)
 }
 
 fn write_file_volume(place: &Path, content: &[u8], mode: u32, uid: u32, gid: u32) -> io::Result<()> {
@@ -303,7 +303,7 @@ fn make_way(parent: &OwnedFd, name: &OsStr, for_directory: bool) -> io::Result<(
 }
 
 /// Removes what is in the volume and not wanted.
-fn remove_others(root: &OwnedFd, place: &Path, below: &[u8], wanted: &HashSet<&[u8]>) -> io::Result<()> {
+fn remove_others(root: &OwnedFd, below: &[u8], wanted: &HashSet<&[u8]>) -> io::Result<()> {
     let directory = open_directory(root, below)?;
     let here = crate::rootfs::name_of(directory.as_fd());
     for entry in fs::read_dir(&here)? {
@@ -316,7 +316,7 @@ fn remove_others(root: &OwnedFd, place: &Path, below: &[u8], wanted: &HashSet<&[
         };
         let is_directory = entry.file_type()?.is_dir();
         match (wanted.contains(path.as_slice()), is_directory) {
-            (true, true) => remove_others(root, place, &path, wanted)?,
+            (true, true) => remove_others(root, &path, wanted)?,
             (true, false) => {}
             (false, true) => fs::remove_dir_all(entry.path())?,
             (false, false) => fs::remove_file(entry.path())?,

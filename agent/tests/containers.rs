@@ -2,6 +2,7 @@
 //! IPC namespace of their own.
 
 mod harness;
+mod vm;
 
 use caisson_agent_api::{
     stream::{Kind, Outcome},

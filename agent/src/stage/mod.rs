@@ -24,6 +24,7 @@ use std::{
 use caisson_agent_api::v1;
 use prost::Message;
 use rustix::{
+    fs::{Mode, OFlags},
     process::{DumpableBehavior, set_dumpable_behavior},
     thread::{ThreadNameSpaceType, move_into_thread_name_spaces},
 };
@@ -31,7 +32,7 @@ use rustix::{
 use crate::{
     error::chain,
     handoff,
-    stage_spec::{Failure, FdKind, Identity, Manifest, Report, ReportKind, StageSpec},
+    stage_spec::{Failure, FdKind, Identity, Manifest, Report, ReportKind, RootSpec, StageSpec},
 };
 
 use identity::{Database, resolve};
@@ -169,7 +170,6 @@ fn run(control: &OwnedFd) -> Result<(), StageError> {
             .ok_or(StageError::Protocol("no container to join"))?;
         let all = ThreadNameSpaceType::MOUNT
             | ThreadNameSpaceType::PROCESS_ID
-            | ThreadNameSpaceType::CONTROL_GROUP
             | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
         move_into_thread_name_spaces(container.as_fd(), all).at(|| "joining the container's namespaces")?;
     }
@@ -215,24 +215,15 @@ fn instructions(control: &OwnedFd) -> Result<(StageSpec, Inherited), StageError>
 fn become_process(
     control: &OwnedFd,
     process: v1::Process,
-    root: Option<&crate::stage_spec::RootSpec>,
+    root: Option<&RootSpec>,
     identity: Option<Identity>,
     inherited: Inherited,
 ) -> Result<(), StageError> {
     rustix::process::setsid().at(|| "starting a session")?;
-    let mut terminal = None;
-    if let Some(root) = root {
-        fork::own_views(&root.hostname)?;
-        let tree = mounts::build(root)?;
-        if process.terminal {
-            terminal = Some(terminal::open_in(control, &tree, true)?);
-        }
-        mounts::enter(root, tree)?;
-    } else if process.terminal {
-        let tree =
-            rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).at(|| "opening /")?;
-        terminal = Some(terminal::open_in(control, &tree, false)?);
-    }
+    let terminal = match root {
+        Some(root) => own_root(control, root, process.terminal)?,
+        None => running_root(control, inherited.container.as_ref(), process.terminal)?,
+    };
     let identity = match identity {
         Some(identity) => identity,
         None => resolve(&process.user.clone().unwrap_or_default(), &Database::read("/")?)?,
@@ -261,4 +252,32 @@ fn become_process(
         rustix::thread::set_no_new_privs(true).at(|| "setting no_new_privileges")?;
     }
     command::execute(&process.args, &environment)
+}
+
+/// Builds and enters the container's own root; answers its terminal.
+fn own_root(control: &OwnedFd, root: &RootSpec, terminal: bool) -> Result<Option<OwnedFd>, StageError> {
+    fork::own_views(&root.hostname)?;
+    let tree = mounts::build(root)?;
+    let terminal = terminal
+        .then(|| terminal::open_in(control, &tree, true))
+        .transpose()?;
+    mounts::enter(root, tree)?;
+    Ok(terminal)
+}
+
+/// Completes the joining of a running container, whose root this process has already; answers a new terminal there.
+fn running_root(
+    control: &OwnedFd,
+    container: Option<&OwnedFd>,
+    terminal: bool,
+) -> Result<Option<OwnedFd>, StageError> {
+    // Not before the birth: who is inside a delegated cgroup namespace cannot have a child born into it from outside.
+    let container = container.ok_or(StageError::Protocol("no container to join"))?;
+    move_into_thread_name_spaces(container.as_fd(), ThreadNameSpaceType::CONTROL_GROUP)
+        .at(|| "joining the container's cgroup namespace")?;
+    let open = || {
+        let tree = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at(|| "opening /")?;
+        terminal::open_in(control, &tree, false)
+    };
+    terminal.then(open).transpose()
 }

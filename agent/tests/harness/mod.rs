@@ -1,4 +1,9 @@
 //! A real agent in namespaces of its own, on an image made of this machine's busybox.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a broken harness is a failed test"
+)]
 
 use std::{
     fs,
@@ -8,6 +13,7 @@ use std::{
 };
 
 use caisson_agent_api::{
+    RPC_PORT, STREAM_PORT,
     stream::{self, Kind, Open, Outcome, Reply},
     v1::{self, agent_client::AgentClient},
 };
@@ -22,13 +28,53 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Agent {
     pub(crate) client: AgentClient<Channel>,
+    sockets: Sockets,
+    /// What ends the agent when the test does.
+    _host: Box<dyn std::any::Any + Send>,
+}
+
+/// How the agent's two ports are reached.
+#[derive(Debug, Clone)]
+pub(crate) enum Sockets {
+    /// Files of this name with `.rpc` and `.streams`.
+    Files(PathBuf),
+    /// Ports behind the VM's hybrid vsock socket.
+    Hybrid(PathBuf),
+}
+
+impl Sockets {
+    pub(crate) async fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
+        match self {
+            Self::Files(path) => {
+                let name = if port == RPC_PORT { "rpc" } else { "streams" };
+                UnixStream::connect(path.with_extension(name)).await
+            }
+            Self::Hybrid(path) => {
+                let mut stream = UnixStream::connect(path).await?;
+                stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+                let mut answer = Vec::new();
+                while !answer.ends_with(b"\n") {
+                    answer.push(stream.read_u8().await?);
+                }
+                if answer.starts_with(b"OK ") {
+                    Ok(stream)
+                } else {
+                    Err(std::io::ErrorKind::ConnectionRefused.into())
+                }
+            }
+        }
+    }
+}
+
+/// Namespaces and a cgroup of this machine with an agent in them.
+struct Namespaces {
     child: Child,
     cgroup: PathBuf,
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 /// Makes a root file system of busybox.
-fn make_image(root: &Path) {
+pub(crate) fn make_image(root: &Path) {
     for directory in [
         "bin",
         "etc",
@@ -54,8 +100,8 @@ fn make_image(root: &Path) {
     .unwrap();
     let applets = [
         "sh", "cat", "echo", "sleep", "id", "ls", "mount", "touch", "hostname", "env", "true", "false", "ps",
-        "kill", "stty", "tty", "wc", "head", "yes", "mknod", "dd", "pwd", "grep", "nslookup", "stat",
-        "mkdir", "readlink", "chroot",
+        "kill", "stty", "tty", "wc", "head", "yes", "mknod", "dd", "pwd", "ip", "date", "tr", "sort", "grep",
+        "nslookup", "stat", "mkdir", "readlink", "chroot",
     ];
     for applet in applets {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
@@ -112,22 +158,34 @@ impl Agent {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let rpc = dir.path().join("agent.rpc");
-        wait_for(|| rpc.exists()).await;
+        // A socket file is there a moment before it listens.
+        let sockets = Sockets::Files(socket);
+        wait_for(async || sockets.connect(RPC_PORT).await.is_ok()).await;
+        wait_for(async || sockets.connect(STREAM_PORT).await.is_ok()).await;
+        let host = Namespaces {
+            child,
+            cgroup,
+            _dir: dir,
+        };
+        Some(Self::reached_by(sockets, Box::new(host)).await)
+    }
+
+    /// An agent that listens already.
+    pub(crate) async fn reached_by(sockets: Sockets, host: Box<dyn std::any::Any + Send>) -> Self {
+        let rpc = sockets.clone();
         let connect = move |_: http::Uri| {
             let rpc = rpc.clone();
-            async move { UnixStream::connect(rpc).await.map(hyper_util::rt::TokioIo::new) }
+            async move { rpc.connect(RPC_PORT).await.map(hyper_util::rt::TokioIo::new) }
         };
         let channel = Endpoint::from_static("http://agent")
             .connect_with_connector(tower::service_fn(connect))
             .await
             .unwrap();
-        Some(Self {
+        Self {
             client: AgentClient::new(channel),
-            child,
-            cgroup,
-            dir,
-        })
+            sockets,
+            _host: host,
+        }
     }
 
     /// As `start`, and configured.
@@ -217,9 +275,7 @@ impl Agent {
     }
 
     pub(crate) async fn open(&self, id: &str, exec: &str, kind: Kind, offset: u64) -> (UnixStream, Reply) {
-        let mut stream = UnixStream::connect(self.dir.path().join("agent.streams"))
-            .await
-            .unwrap();
+        let mut stream = self.sockets.connect(STREAM_PORT).await.unwrap();
         let open = Open {
             kind,
             container_id: id.to_owned(),
@@ -280,7 +336,7 @@ pub(crate) async fn send_frame(stream: &mut UnixStream, bytes: &[u8]) {
     stream.write_all(bytes).await.unwrap();
 }
 
-impl Drop for Agent {
+impl Drop for Namespaces {
     fn drop(&mut self) {
         // Its death takes PID 1 of the namespaces along (--kill-child), and that takes everything.
         self.child.kill().unwrap();
@@ -302,9 +358,9 @@ fn remove_cgroups(path: &Path) -> std::io::Result<()> {
     fs::remove_dir(path)
 }
 
-pub(crate) async fn wait_for(condition: impl Fn() -> bool) {
+pub(crate) async fn wait_for(condition: impl AsyncFn() -> bool) {
     let wait = async {
-        while !condition() {
+        while !condition().await {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
