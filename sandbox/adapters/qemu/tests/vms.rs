@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 mod machine;
+mod taps;
 
 use std::{
     fs,
@@ -11,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, ProcessRole, Vm};
+use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, Nic, ProcessRole, Vm};
 use caisson_qemu::{Accelerator, Qemu, QemuConfig};
 use machine::{Bench, LIMIT, backend, cached_kernel, driver, driver_as, processes_of, sleeping_initramfs};
 
@@ -357,6 +358,32 @@ async fn both_processes_run_without_privilege_and_without_a_network() {
         let network = fs::read_link(format!("/proc/{}/ns/net", process.pid)).unwrap();
         assert_ne!(network, fs::read_link("/proc/self/ns/net").unwrap());
     }
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn network_devices_are_made_of_open_taps_with_one_or_several_queues() {
+    let Some(driver) = driver().await else { return };
+    let Some((single, several)) = taps::in_own_namespace() else {
+        return;
+    };
+    let bench = Bench::new();
+    let mut spec = bench.spec();
+    spec.nics = vec![
+        Nic {
+            queues: vec![single],
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1450,
+        },
+        Nic {
+            queues: several,
+            mac: [2, 0, 0, 0, 0, 2],
+            mtu: 9000,
+        },
+    ];
+    let vm = driver.launch(spec).await.unwrap();
+    let log = fs::read_to_string(bench.path("vm/qemu.log")).unwrap();
+    assert_eq!(log, "", "QEMU complains");
     vm.kill().await.unwrap();
 }
 

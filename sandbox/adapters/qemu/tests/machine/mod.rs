@@ -113,6 +113,17 @@ impl Bench {
     }
 }
 
+/// A failed test leaves no VM behind.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for pid in processes_of(&self.id) {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+        }
+    }
+}
+
 /// A bzImage (Documentation/arch/x86/boot.rst) whose real-mode entry halts for ever.
 pub(crate) fn halting_kernel() -> Vec<u8> {
     let mut image = vec![0_u8; 4096];
