@@ -87,6 +87,8 @@ enum Phase {
     Starting,
     Started(Started),
     Removing,
+    /// Its removal failed half-way; only another attempt makes sense.
+    Damaged,
 }
 
 /// What is known of a container once it has been started.
@@ -200,6 +202,7 @@ impl Container {
             Phase::Created => Err(self.wrong("has not been started")),
             Phase::Starting => Err(self.wrong("is being started")),
             Phase::Removing => Err(self.wrong("is being removed")),
+            Phase::Damaged => Err(self.wrong("has been removed in part")),
         }
     }
 
@@ -214,6 +217,7 @@ impl Container {
             Phase::Started(started) => Ok(Some(started.clone())),
             Phase::Starting => Err(self.wrong("is being started")),
             Phase::Removing => Err(self.wrong("is being removed")),
+            Phase::Damaged => Err(self.wrong("has been removed in part")),
         }
     }
 
@@ -226,7 +230,7 @@ impl Container {
     pub(crate) fn begin_remove(&self) -> Result<Option<Arc<Process>>, AgentError> {
         let mut phase = lock(&self.phase);
         let process = match &*phase {
-            Phase::Created => None,
+            Phase::Created | Phase::Damaged => None,
             Phase::Started(started) => Some(Arc::clone(&started.process)),
             Phase::Starting => return Err(self.wrong("is being started")),
             Phase::Removing => return Err(self.wrong("is being removed")),
@@ -237,7 +241,7 @@ impl Container {
 
     /// A removal that failed can be tried again.
     pub(crate) fn undo_remove(&self) {
-        *lock(&self.phase) = Phase::Created;
+        *lock(&self.phase) = Phase::Damaged;
     }
 
     pub(crate) fn info(&self) -> v1::ContainerInfo {
@@ -247,7 +251,7 @@ impl Container {
             }
             Phase::Started(started) => (v1::ContainerPhase::ContainerRunning, started.process.pid),
             Phase::Created | Phase::Starting => (v1::ContainerPhase::ContainerCreated, 0),
-            Phase::Removing => (v1::ContainerPhase::ContainerExited, 0),
+            Phase::Removing | Phase::Damaged => (v1::ContainerPhase::ContainerExited, 0),
         };
         v1::ContainerInfo {
             container_id: self.id.clone(),

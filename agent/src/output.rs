@@ -169,11 +169,15 @@ impl Output {
         let mut total = TOTAL_BOUND;
         let mut changed = self.changed.subscribe();
         let drained = loop {
-            while self.ring().space() == 0 {
+            while !self.ring().ended && self.ring().space() == 0 {
                 // The sender lives in self.
                 if changed.changed().await.is_err() {
                     break;
                 }
+            }
+            if self.ring().ended {
+                // Nobody will ever read it: its container is being removed.
+                break Drained::Cut;
             }
             let over = *exited.borrow_and_update();
             let since = Instant::now();

@@ -171,7 +171,7 @@ async fn a_user_by_name_has_its_groups_home_and_no_capabilities() {
 async fn a_container_sees_its_own_processes_host_name_and_file_systems_only() {
     let mut agent = agent!(ready);
     let script = "echo $$; hostname; cat /etc/hostname /etc/resolv.conf; ls /dev; cat /proc/1/cgroup; ls /; \
-                  grep -c . /proc/self/mountinfo; grep -E 'CapEff' /proc/self/status";
+                  grep -c . /proc/self/mountinfo; grep -E 'CapEff|^Seccomp:' /proc/self/status";
     let (exit, stdout, stderr) = agent.run("c", shell(script)).await;
     assert_eq!(exit.exit_code, 0, "{stderr}");
     assert!(
@@ -180,8 +180,9 @@ async fn a_container_sees_its_own_processes_host_name_and_file_systems_only() {
     );
     assert!(stdout.contains("\n0::/\n"), "{stdout}");
     assert!(stdout.contains("ptmx\npts\nrandom\nshm\nstderr\n"), "{stdout}");
+    // CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID, NET_BIND_SERVICE, SYS_CHROOT, MKNOD; and the vsock filter.
     assert!(
-        stdout.contains("CapEff:\t00000000080404e3\n") || stdout.contains("CapEff:"),
+        stdout.contains("CapEff:\t00000000080404e3\nSeccomp:\t2\n"),
         "{stdout}"
     );
     for hidden in ["\nwork\n", "\nboot\n", "\nusr\n"] {
@@ -192,7 +193,7 @@ async fn a_container_sees_its_own_processes_host_name_and_file_systems_only() {
 #[tokio::test]
 async fn mounts_of_an_image_with_hostile_links_stay_in_the_container() {
     let mut agent = agent!(ready);
-    put_file(&mut agent, "v", "content").await;
+    agent.put_file("v", "content").await;
     let mut spec = shell("cat /tmp/caisson-escape-test; cat /escape/caisson-escape-test");
     spec.mounts = vec![v1::Mount {
         destination: "/escape/caisson-escape-test".into(),
@@ -204,22 +205,10 @@ async fn mounts_of_an_image_with_hostile_links_stay_in_the_container() {
     assert!(!std::path::Path::new("/tmp/caisson-escape-test").exists());
 }
 
-async fn put_file(agent: &mut Agent, id: &str, content: &str) {
-    let request = v1::PutVolumeRequest {
-        volume_id: id.into(),
-        entries: vec![v1::VolumeEntry {
-            mode: 0o644,
-            kind: Some(v1::volume_entry::Kind::File(content.as_bytes().to_vec())),
-            ..v1::VolumeEntry::default()
-        }],
-    };
-    agent.client.put_volume(request).await.unwrap();
-}
-
 #[tokio::test]
 async fn volumes_show_updates_and_readonly_ones_cannot_be_written() {
     let mut agent = agent!(ready);
-    put_file(&mut agent, "v", "one").await;
+    agent.put_file("v", "one").await;
     let mut spec = container(&["sleep", "1000"]);
     spec.mounts = vec![
         v1::Mount {
@@ -244,7 +233,7 @@ async fn volumes_show_updates_and_readonly_ones_cannot_be_written() {
         .await
         .unwrap();
     assert_eq!(stdout, "one750\nrefused\ny\n");
-    put_file(&mut agent, "v", "two").await;
+    agent.put_file("v", "two").await;
     let (_, stdout) = agent
         .exec("c", "two", process(&["cat", "/data/file"]))
         .await
@@ -630,4 +619,14 @@ async fn limits_of_resources_are_set() {
     }];
     own.oom_score_adj = 500;
     assert_eq!(agent.run("c", spec).await.1, "100\n200\n500\n");
+}
+
+#[tokio::test]
+async fn a_container_whose_output_nobody_takes_can_be_removed() {
+    let mut agent = agent!(ready);
+    agent.create("c", container(&["yes"])).await.unwrap();
+    agent.start_container("c").await.unwrap();
+    let (mut output, _) = agent.open("c", "", Kind::Stdout, 0).await;
+    frame(&mut output).await.unwrap();
+    agent.remove("c").await;
 }

@@ -288,6 +288,19 @@ impl Agent {
         (stream, Reply::decode(reply).unwrap())
     }
 
+    /// Stores a volume that is a single file.
+    pub(crate) async fn put_file(&mut self, id: &str, content: &str) {
+        let request = v1::PutVolumeRequest {
+            volume_id: id.into(),
+            entries: vec![v1::VolumeEntry {
+                mode: 0o644,
+                kind: Some(v1::volume_entry::Kind::File(content.as_bytes().to_vec())),
+                ..v1::VolumeEntry::default()
+            }],
+        };
+        self.client.put_volume(request).await.unwrap();
+    }
+
     /// Everything that an output has, to its end, acknowledged.
     pub(crate) async fn read_all(&self, id: &str, exec: &str, kind: Kind) -> Vec<u8> {
         let (mut stream, reply) = self.open(id, exec, kind, 0).await;

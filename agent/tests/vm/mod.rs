@@ -249,9 +249,13 @@ async fn a_vm_boots_and_keeps_its_promises_to_containers() {
     );
 
     // More memory than allowed: killed by the kernel, and told so.
-    let mut hungry = image(shell(
-        "dd if=/dev/zero of=/dev/shm/x bs=1M count=1; yes | tr -d '\\n' | sort",
-    ));
+    let mut hungry = image(container(&[
+        "dd",
+        "if=/dev/zero",
+        "of=/dev/null",
+        "bs=64M",
+        "count=1",
+    ]));
     hungry.resources = Some(v1::Resources {
         memory_limit_bytes: 16 << 20,
         cpu_quota_micros: 50_000,
