@@ -158,15 +158,15 @@ impl Agent {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        // A socket file is there a moment before it listens.
-        let sockets = Sockets::Files(socket);
-        wait_for(async || sockets.connect(RPC_PORT).await.is_ok()).await;
-        wait_for(async || sockets.connect(STREAM_PORT).await.is_ok()).await;
         let host = Namespaces {
             child,
             cgroup,
             _dir: dir,
         };
+        // A socket file is there a moment before it listens.
+        let sockets = Sockets::Files(socket);
+        wait_for(async || sockets.connect(RPC_PORT).await.is_ok()).await;
+        wait_for(async || sockets.connect(STREAM_PORT).await.is_ok()).await;
         Some(Self::reached_by(sockets, Box::new(host)).await)
     }
 

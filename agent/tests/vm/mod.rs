@@ -12,8 +12,13 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::net::UnixListener,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream,
 };
 
 use crate::harness::{self, Agent, Sockets, container, make_image, process, shell, text, wait_for};
@@ -60,7 +65,7 @@ fn run(command: &mut Command) -> Option<()> {
 }
 
 /// Boots a VM with a scratch disk, and the image as a disk.
-async fn boot() -> Option<Agent> {
+async fn boot() -> Option<(Agent, PathBuf)> {
     let (kernel, initramfs) = (input("CAISSON_TEST_KERNEL")?, input("CAISSON_TEST_INITRAMFS")?);
     let backend = input("CAISSON_TEST_VSOCK")?;
     let mkfs = env::var_os("CAISSON_TEST_MKFS_EROFS").unwrap_or("mkfs.erofs".into());
@@ -71,6 +76,7 @@ async fn boot() -> Option<Agent> {
         .arg("--quiet")
         .arg(at("image.erofs"))
         .arg(at("image")))?;
+    fs::copy(at("image.erofs"), at("late.erofs")).unwrap();
     File::create(at("scratch")).unwrap().set_len(256 << 20).unwrap();
     run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(at("scratch")))?;
 
@@ -124,6 +130,10 @@ async fn boot() -> Option<Agent> {
     .args(["-serial", &format!("file:{}", at("console"))])
     .args(["-chardev", &format!("socket,id=vs,path={}", at("device"))])
     .args(["-device", "vhost-user-vsock-pci,chardev=vs"]);
+    // A disk that is plugged in later, and where.
+    let late = format!("if=none,id=late,format=raw,file={},readonly=on", at("late.erofs"));
+    qemu.args(["-drive", &late, "-device", "pci-bridge,id=pool0,chassis_nr=1"]);
+    qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp"))]);
     for (name, readonly) in [("scratch", "off"), ("image.erofs", "on")] {
         let serial = name.trim_end_matches(".erofs");
         qemu.args([
@@ -146,11 +156,27 @@ async fn boot() -> Option<Agent> {
     ]);
     vm.processes.push(qemu.stdin(Stdio::null()).spawn().unwrap());
     drop((device, hybrid));
+    let monitor = PathBuf::from(at("qmp"));
     let sockets = Sockets::Hybrid(at("vsock").into());
     wait_for(async || sockets.connect(RPC_PORT).await.is_ok()).await;
     let mut agent = Agent::reached_by(sockets, Box::new(vm)).await;
     agent.client.configure_sandbox(sandbox()).await.unwrap();
-    Some(agent)
+    Some((agent, monitor))
+}
+
+/// Plugs in the late disk.
+async fn plug(monitor: &Path) {
+    let mut qmp = UnixStream::connect(monitor).await.unwrap();
+    let add = r#"{"execute":"device_add","arguments":{"driver":"virtio-blk-pci","drive":"late","serial":"late","bus":"pool0","addr":"1"}}"#;
+    qmp.write_all(format!("{{\"execute\":\"qmp_capabilities\"}}{add}").as_bytes())
+        .await
+        .unwrap();
+    // The greeting, and an answer to each of the two.
+    let mut lines = BufReader::new(qmp).lines();
+    for _ in 0..3 {
+        let line = lines.next_line().await.unwrap().unwrap();
+        assert!(!line.contains("error"), "{line}");
+    }
 }
 
 fn sandbox() -> v1::ConfigureSandboxRequest {
@@ -203,7 +229,9 @@ fn image(spec: v1::ContainerSpec) -> v1::ContainerSpec {
 /// One boot is expensive under emulation, so one test asks all that needs it, a paragraph for each question.
 #[tokio::test]
 async fn a_vm_boots_and_keeps_its_promises_to_containers() {
-    let Some(mut agent) = boot().await else { return };
+    let Some((mut agent, monitor)) = boot().await else {
+        return;
+    };
     let hello = agent
         .client
         .hello(v1::HelloRequest {})
@@ -293,6 +321,24 @@ async fn a_vm_boots_and_keeps_its_promises_to_containers() {
     });
     let (_, stdout, stderr) = agent.run("privileged", privileged).await;
     assert_eq!(stdout, "2\n0\nmounted\n", "{stderr}");
+
+    // A disk that is plugged in while the agent waits for it.
+    let request = v1::CreateContainerRequest {
+        container_id: "late".into(),
+        spec: Some(v1::ContainerSpec {
+            image_serial: "late".into(),
+            ..shell("echo late")
+        }),
+    };
+    let mut client = agent.client.clone();
+    let create = tokio::spawn(async move { client.create_container(request).await });
+    // The agent answers this after it has begun to look.
+    agent.client.hello(v1::HelloRequest {}).await.unwrap();
+    plug(&monitor).await;
+    create.await.unwrap().unwrap();
+    agent.start_container("late").await.unwrap();
+    assert_eq!(text(&agent.read_all("late", "", Kind::Stdout).await), "late\n");
+    agent.remove("late").await;
 
     // Exec, while another container keeps running.
     agent
