@@ -2,9 +2,10 @@
 #
 #   make demo     a real pod in a real VM, from nothing; about 6 minutes the first time
 #   make test     every test, end to end ones included
-#   make check    formatting, lints, licences' list
+#   make check    formatting and lints
 #   make bench    figures for docs/performance.md
 #   make run      caissond in the foreground, state below /tmp/caisson, its own bridge network for pods
+#   make registry a registry in the foreground on 127.0.0.1:5000 that holds demo/busybox:1
 #   make help     this list
 
 SHELL := /bin/bash
@@ -16,7 +17,7 @@ GUEST := guest/out
 RUN ?= /tmp/caisson
 CARGO ?= cargo
 
-.PHONY: help setup build agent guest guest-tuned demo test unit e2e check bench run crictl
+.PHONY: help setup build agent guest guest-tuned demo test unit e2e check bench run registry crictl
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -61,6 +62,9 @@ bench: build guest guest-tuned
 
 run: build guest
 	./tests/run-by-hand.sh $(RUN)
+
+registry: setup
+	$(CARGO) run --release -p caisson-e2e --bin registry
 
 crictl: setup
 	@./tests/peers.sh $(CAISSON_CACHE)/bin crictl

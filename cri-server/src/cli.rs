@@ -53,7 +53,7 @@ Examples:
       caissond check
 
   Run the daemon on a scratch directory, with a kernel and an initramfs built in a checkout:
-      caissond --root /tmp/c/lib --run-dir /tmp/c/run --kernel guest/out/vmlinuz --initramfs guest/out/initramfs.cpio
+      caissond --root /tmp/c/lib --run-dir /tmp/c/run --kernel guest/out/distribution/vmlinuz --initramfs guest/out/distribution/initramfs.cpio
 
   Talk to it:
       crictl --runtime-endpoint unix:///tmp/c/run/caisson.sock info

@@ -378,6 +378,11 @@ impl Sandboxes {
 impl Inner {
     fn boot(&self, spec: spec::PodSpec) -> (SandboxId, Handle) {
         let id = SandboxId(new_id());
+        // Plugins know a pod by what other runtimes call its infra container; here that is the sandbox.
+        let mut spec = spec;
+        spec.network
+            .args
+            .insert("K8S_POD_INFRA_CONTAINER_ID".to_owned(), id.0.clone());
         let record = PodRecord {
             id: id.clone(),
             spec,
@@ -396,7 +401,9 @@ impl Inner {
     fn serve(&self, actor: Actor, inbox: Inbox) {
         use tracing::Instrument;
         let identity = &actor.record.spec.identity;
+        // The actor outlives the call that made it, so its lines must not carry that call's span.
         let span = tracing::info_span!(
+            parent: None,
             "sandbox",
             sandbox.id = %actor.record.id.0,
             pod.namespace = identity.namespace,

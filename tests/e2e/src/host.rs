@@ -45,6 +45,8 @@ pub struct Leftovers {
 impl Host {
     /// Leaves the machine's network and mounts and makes a host with a bridge network for pods, both IP families, and host ports.
     pub fn enter() -> Result<Self> {
+        // Inside, there is no way to an archive any more.
+        crate::image::fetch_packages()?;
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
             .context("cannot make namespaces (tests need root)")?;
         mount(
@@ -123,13 +125,16 @@ impl Host {
     /// What is there now.
     pub fn leftovers(&self) -> Result<Leftovers> {
         let mut files = BTreeSet::new();
-        for dir in ["root/pods", "run", "cni/leases", "cni/cache", "root/cni"] {
+        for dir in ["root", "run", "cni/leases", "cni/cache"] {
             list_files(&self.dir().join(dir), &mut files)?;
         }
-        // Bookkeeping that belongs to the daemon or to a plugin, not to a pod.
+        // What belongs to the daemon, to the image store or to a plugin, not to a pod.
         let own = |path: &String| {
             let name = path.rsplit('/').next().unwrap_or_default();
-            name.starts_with("last_reserved_ip") || ["lock", "daemon.lock", "caisson.sock"].contains(&name)
+            name.starts_with("last_reserved_ip")
+                || ["lock", "caissond.lock", "caisson.sock", "index.redb"].contains(&name)
+                || path.contains("/root/images/images/")
+                || path.contains("/templates/")
         };
         files.retain(|path| !own(path));
         Ok(Leftovers {

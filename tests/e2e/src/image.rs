@@ -201,6 +201,14 @@ pub fn debian_package(name: &str) -> Result<PathBuf> {
     held().with_context(|| format!("apt-get downloaded no package {name}"))
 }
 
+/// Downloads what the images here are made of, while there is a network.
+pub fn fetch_packages() -> Result<()> {
+    for name in ["busybox", "libc6"] {
+        debian_package(name)?;
+    }
+    Ok(())
+}
+
 /// Base layer: Debian's busybox with all its applets, libc6's libraries, three users.
 pub fn busybox_layer() -> Result<Blob> {
     let busybox = debian_package("busybox")?;

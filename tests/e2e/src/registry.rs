@@ -28,9 +28,14 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts a registry with its storage below `dir`.
+    /// Starts a registry on a free port with its storage below `dir`.
     pub async fn start(dir: &Path) -> Result<Self> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        Self::start_at(dir, port).await
+    }
+
+    /// Starts a registry on this port of loopback.
+    pub async fn start_at(dir: &Path, port: u16) -> Result<Self> {
         let address = format!("127.0.0.1:{port}");
         fs::create_dir_all(dir)?;
         let config = json!({

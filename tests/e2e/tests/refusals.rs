@@ -358,10 +358,17 @@ fn a_cni_plugin_that_fails_or_hangs_is_reported_and_rolled_back() -> Result<()> 
         fs::write(&conflist, broken.to_string())?;
 
         let bin_dir = bin.display().to_string();
+        let config = host.dir().join("config.toml");
+        fs::write(&config, "[network]\nplugin_deadline_seconds = 3\n")?;
         let daemon = Daemon::start(
             &host,
             &Product::find()?,
-            &["--cni-bin-dir", &bin_dir, "--cni-deadline", "3s"],
+            &[
+                "--cni-bin-dir",
+                &bin_dir,
+                "--config",
+                &config.display().to_string(),
+            ],
         )
         .await?;
         let mut cri = daemon.cri().await?;
