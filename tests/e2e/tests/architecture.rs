@@ -51,7 +51,8 @@ const RESERVED: &[(&str, &[&str])] = &[
     ("rtnetlink", &["caisson-net"]),
     ("oci-client", &["caisson-image"]),
     ("k8s-cri", &["caisson-e2e"]),
-    ("virtio-queue", &["caisson-devices"]),
+    // The vhost-user framework hands its rings over in this crate's types.
+    ("virtio-queue", &["caisson-devices", "caisson-vhost-vsock"]),
 ];
 
 #[test]

@@ -443,13 +443,16 @@ fn containers_have_the_semantics_that_kubelet_relies_on() -> Result<()> {
         );
 
         // A process that ignores SIGTERM is killed after its grace.
-        let stubborn = cri
-            .run(
-                &pod_id,
-                &sh("stubborn", "trap '' TERM; while true; do sleep 1; done"),
-                &pod_config,
-            )
-            .await?;
+        let config = sh(
+            "stubborn",
+            "trap '' TERM; echo ready; while true; do sleep 1; done",
+        );
+        let stubborn = cri.run(&pod_id, &config, &pod_config).await?;
+        let log = host.log_dir("semantics")?.join("stubborn.log");
+        eventually("the trap", Duration::from_secs(20), async || {
+            fs::read_to_string(&log).ok().filter(|log| log.contains("ready"))
+        })
+        .await?;
         cri.stop(&stubborn, 1).await?;
         let status = cri.status(&stubborn).await?;
         ensure!(status.exit_code == 137, "{status:?}");

@@ -210,17 +210,9 @@ fn pulls_that_cannot_work_say_why_and_leave_nothing() -> Result<()> {
         let mut cri = daemon.cri().await?;
         let stored = || -> Result<Vec<String>> {
             let mut found = Vec::new();
-            let mut dirs = vec![host.dir().join("root")];
-            while let Some(dir) = dirs.pop() {
-                for entry in fs::read_dir(dir)?.flatten() {
-                    if entry.file_type()?.is_dir() {
-                        dirs.push(entry.path());
-                    } else if entry.path().extension().is_some_and(|e| e == "erofs")
-                        || entry.path().to_string_lossy().contains("/tmp/")
-                            && entry.path().to_string_lossy().contains("image")
-                    {
-                        found.push(entry.path().strip_prefix(host.dir())?.display().to_string());
-                    }
+            for dir in ["root/images/images", "root/images/tmp"] {
+                for entry in fs::read_dir(host.dir().join(dir))?.flatten() {
+                    found.push(entry.path().display().to_string());
                 }
             }
             Ok(found)
