@@ -45,10 +45,14 @@ demo: build guest
 	@echo
 	./target/release/demo
 
-# The agent's component tests run it outside a VM, through a door that the product's build does not have.
+# fsck.erofs judges our images. The agent's component tests run it outside a VM, through a door that the product's build does not
+# have; one of them boots the product's own in a VM.
 unit: build guest
+	./cri-server/image/erofs/tests/fetch-erofs-utils.sh >/dev/null
 	$(CARGO) test --workspace --exclude caisson-e2e
-	$(CARGO) test -p caisson-agent --features component-test
+	CAISSON_TEST_KERNEL=$(CURDIR)/$(GUEST)/distribution/vmlinuz CAISSON_TEST_INITRAMFS=$(CURDIR)/$(GUEST)/distribution/initramfs.cpio \
+	CAISSON_TEST_VSOCK=$(CURDIR)/target/release/caisson-vhost-vsock CAISSON_TEST_MKFS_EROFS=$(CAISSON_CACHE)/erofs-utils-1.8/mkfs.erofs \
+		$(CARGO) test -p caisson-agent --features component-test
 
 e2e: build guest crictl
 	$(CARGO) test --release -p caisson-e2e -- --test-threads=1

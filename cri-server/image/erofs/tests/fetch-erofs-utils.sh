@@ -1,40 +1,24 @@
-#!/bin/sh
+#!/bin/bash
 # Fetches fsck.erofs and dump.erofs >= 1.8 (Debian 12 has 1.5, which lacks what the tests check) from the Debian mirror that this host
 # already uses, through an apt configuration of its own: nothing is installed, and the host's package lists are not touched.
 # Prints the path of a wrapper script around fsck.erofs.
 #
 # usage: fetch-erofs-utils.sh [destination]      default: ${CAISSON_CACHE:-$HOME/.cache/caisson}/erofs-utils-1.8
-set -eu
+set -euo pipefail
 
-suite=trixie
+here=$(cd "$(dirname "$0")" && pwd)
 dest=${1:-${CAISSON_CACHE:-$HOME/.cache/caisson}/erofs-utils-1.8}
 if [ -x "$dest/fsck.erofs" ]; then
     echo "$dest/fsck.erofs"
     exit 0
 fi
 
-uri=$(cat /etc/apt/sources.list.d/*.sources 2>/dev/null | sed -n 's/^URIs:[[:space:]]*\([^[:space:]]*\).*/\1/p' | grep -v security | head -n 1)
-[ -n "$uri" ] || uri=$(sed -n 's/^deb \(\[[^]]*\] \)\{0,1\}\([^ ]*\).*/\2/p' /etc/apt/sources.list 2>/dev/null | grep -v security | head -n 1)
-[ -n "$uri" ] || { echo "no Debian mirror in the host's apt sources" >&2; exit 1; }
-keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-
 mkdir -p "$(dirname "$dest")"
 work=$(mktemp -d "$dest.XXXXXX")
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/debs" "$work/out/root"
-echo "deb [signed-by=$keyring] $uri $suite main" >"$work/sources.list"
-: >"$work/status"
-
-apt() {
-    apt-get -q -o Dir::Etc::sourcelist="$work/sources.list" -o Dir::Etc::sourceparts=/dev/null -o Dir::State::lists="$work/lists" \
-        -o Dir::State::status="$work/status" -o Dir::Cache="$work/cache" -o APT::Sandbox::User=root "$@" >&2
-}
-apt update
-(
-    cd "$work/debs"
-    apt download erofs-utils libc6 libgcc-s1 libuuid1 libselinux1 libpcre2-8-0 zlib1g liblz4-1 liblzma5 libzstd1 libdeflate0 \
-        libfuse3-4 libxxhash0
-)
+mkdir -p "$work/debs" "$work/out/root"
+"$here/../../../../guest/debian-suite.sh" trixie "$work/debs" erofs-utils libc6 libgcc-s1 libuuid1 libselinux1 libpcre2-8-0 zlib1g \
+    liblz4-1 liblzma5 libzstd1 libdeflate0 libfuse3-4 libxxhash0 >&2
 for deb in "$work"/debs/*.deb; do
     dpkg-deb -x "$deb" "$work/out/root"
 done
