@@ -15,7 +15,7 @@ use std::{
 
 use caisson_image::ImageStoreConfig;
 use caisson_net::NetworkConfig;
-use caisson_qemu::Accelerator;
+use caisson_qemu::{Accelerator, VmUser};
 use caisson_sandbox::SandboxesConfig;
 use serde_json::json;
 
@@ -103,8 +103,8 @@ pub struct HypervisorChoice {
     pub qemu: Option<PathBuf>,
     /// The vsock helper.
     pub vsock_backend: PathBuf,
-    /// User and group of the VM's processes; absent: the daemon's.
-    pub user: Option<(u32, u32)>,
+    /// Whom the VMs' processes run as.
+    pub user: VmUser,
 }
 
 /// A hypervisor driver.
@@ -276,6 +276,7 @@ impl Config {
             "driver": format!("{:?}", self.hypervisor.driver).to_lowercase(),
             "accelerator": format!("{:?}", self.hypervisor.accelerator).to_lowercase(),
             "vsockBackend": self.hypervisor.vsock_backend,
+            "user": self.hypervisor.user.to_string(),
             "defaultMemoryMiB": self.vm.default_memory_mib,
             "defaultVcpus": self.vm.default_vcpus,
             "guestOverheadMiB": self.vm.guest_overhead_mib,
@@ -368,7 +369,7 @@ fn hypervisor(top: &mut Section) -> HypervisorChoice {
         vsock_backend: section
             .optional_absolute("vsock_backend")
             .unwrap_or_else(|| beside_the_daemon(VSOCK_BACKEND)),
-        user: section.user("user"),
+        user: section.vm_user("user", "uid_base"),
     })
 }
 
@@ -440,7 +441,7 @@ mod tests {
         );
         assert_eq!(config.images.root, Path::new("/var/lib/caisson/images"));
         assert_eq!(config.hypervisor.driver, Driver::Auto);
-        assert_eq!(config.hypervisor.user, None);
+        assert_eq!(config.hypervisor.user, VmUser::PerVm { base: 2_100_000_000 });
         assert_eq!(config.sandboxes().scratch_bytes, 10 << 30);
     }
 
@@ -494,7 +495,13 @@ mod tests {
         assert_eq!(config.guest.cmdline, ["a=b"]);
         assert_eq!(config.vm.attach_slots, 3);
         assert_eq!(config.hypervisor.accelerator, Accelerator::Tcg);
-        assert_eq!(config.hypervisor.user, Some((65534, 65533)));
+        assert_eq!(
+            config.hypervisor.user,
+            VmUser::Fixed {
+                uid: 65534,
+                gid: 65533
+            }
+        );
         assert_eq!(config.network.plugin_deadline, Duration::from_secs(7));
         assert_eq!(config.images.max_image_bytes, 10 << 20);
         assert_eq!(config.images.mirrors["registry.k8s.io"], ["127.0.0.1:5000"]);
@@ -514,7 +521,7 @@ mod tests {
             speed = 9
             [hypervisor]
             driver = "magic"
-            user = "root"
+            user = "caisson-vm"
             [network]
             plugin_dirs = "one"
             [images.mirrors]
@@ -544,6 +551,47 @@ mod tests {
         }
         assert_eq!(problems.len(), 11, "{problems:#?}");
         assert!(problems.iter().all(|problem| problem.contains("config.toml")));
+    }
+
+    #[test]
+    fn vms_are_users_of_their_own_one_user_or_root_and_nothing_by_accident() {
+        let user = |lines: &str| {
+            from(&format!("[hypervisor]\n{lines}"), &Overrides::default())
+                .map(|config| config.hypervisor.user)
+        };
+        assert_eq!(user("user = \"per-vm\"").unwrap(), VmUser::default());
+        assert_eq!(
+            user("uid_base = 100000").unwrap(),
+            VmUser::PerVm { base: 100_000 }
+        );
+        assert_eq!(user("user = \"root\"").unwrap(), VmUser::Daemon);
+        for (lines, told) in [
+            ("user = \"0:0\"", "write \"root\""),
+            ("user = \"997:0\"", "write \"root\""),
+            (
+                "user = \"997\"",
+                "neither \"per-vm\", uid:gid in numbers nor \"root\"",
+            ),
+            ("user = \"4294967295:1\"", "neither"),
+            ("user = \"Root\"", "neither"),
+            ("user = 997", "must be a string"),
+            ("uid_base = 0", "from 65536 to 2147418112"),
+            ("uid_base = 2147418113", "from 65536 to 2147418112"),
+            (
+                "user = \"root\"\nuid_base = 100000",
+                "hypervisor.uid_base: has no effect",
+            ),
+            (
+                "user = \"7:7\"\nuid_base = 100000",
+                "hypervisor.uid_base: has no effect",
+            ),
+        ] {
+            let problems = user(lines).unwrap_err();
+            assert!(
+                problems.len() == 1 && problems[0].contains(told),
+                "{lines}: {problems:?}"
+            );
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_qemu::{UID_BASE, UID_COUNT, VmUser};
 use toml::{Table, Value};
 
 use super::files::{Merged, join};
@@ -192,15 +193,44 @@ impl Section {
         words[0].1
     }
 
-    /// `uid:gid`, both numbers.
-    pub(super) fn user(&mut self, key: &str) -> Option<(u32, u32)> {
-        let text = self.text(key)?;
-        let user = text
-            .split_once(':')
-            .and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
-        if user.is_none() {
-            self.problem(key, format!("{text:?} is not uid:gid in numbers"));
+    /// `per-vm` (the default, with ids from `base_key` on), `uid:gid` in numbers, or `root`.
+    pub(super) fn vm_user(&mut self, key: &str, base_key: &str) -> VmUser {
+        let based = self.table.contains_key(base_key);
+        // Every id of the range fits 31 bits: some programs read ids as signed.
+        let last = (1 << 31) - u64::from(UID_COUNT);
+        let base = self.number(base_key, UID_BASE, 65_536..=last);
+        let per_vm = VmUser::PerVm { base };
+        let user = match self.text(key).as_deref() {
+            None | Some("per-vm") => return per_vm,
+            Some("root") => VmUser::Daemon,
+            Some(text) => match fixed_user(text) {
+                Ok(user) => user,
+                Err(problem) => {
+                    self.problem(key, problem);
+                    return per_vm;
+                }
+            },
+        };
+        if based {
+            self.problem(base_key, format!("has no effect unless {key} is \"per-vm\""));
         }
         user
+    }
+}
+
+fn fixed_user(text: &str) -> Result<VmUser, String> {
+    // The highest number means "no change" to the kernel.
+    let id = |part: &str| part.parse().ok().filter(|id| *id != u32::MAX);
+    let ids = text
+        .split_once(':')
+        .and_then(|(uid, gid)| Some((id(uid)?, id(gid)?)));
+    match ids {
+        None => Err(format!(
+            "{text:?} is neither \"per-vm\", uid:gid in numbers nor \"root\""
+        )),
+        Some((0, _) | (_, 0)) => Err(format!(
+            "{text:?} would own root's files: if that is meant, write \"root\""
+        )),
+        Some((uid, gid)) => Ok(VmUser::Fixed { uid, gid }),
     }
 }

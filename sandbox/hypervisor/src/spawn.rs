@@ -44,6 +44,9 @@ pub struct DetachedCommand {
     pub owner: String,
     /// Program, as an absolute path.
     pub program: PathBuf,
+    /// The program's file, open: executed instead of looking the path up, which the new user might not reach. Not for scripts, whose
+    /// interpreter would not find it.
+    pub program_file: Option<OwnedFd>,
     /// Its arguments, without its name.
     pub args: Vec<OsString>,
     /// Its environment besides [`OWNER_ENV`]; nothing is inherited.
@@ -72,6 +75,7 @@ impl DetachedCommand {
             role,
             owner: owner.to_owned(),
             program,
+            program_file: None,
             args: Vec::new(),
             env: Vec::new(),
             log,
@@ -114,8 +118,13 @@ impl DetachedCommand {
             credentials: self.credentials,
         };
 
-        let mut command = Command::new(&self.program);
+        let executed = match &self.program_file {
+            Some(file) => PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())),
+            None => self.program.clone(),
+        };
+        let mut command = Command::new(executed);
         command
+            .arg0(&self.program)
             .args(&self.args)
             .env_clear()
             .env(OWNER_ENV, &self.owner)

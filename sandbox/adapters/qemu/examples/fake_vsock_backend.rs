@@ -1,6 +1,6 @@
 //! Stands in for the vsock backend in this room's tests: speaks as much vhost-user as QEMU needs to start, and carries nothing.
 //!
-//! `fake_vsock_backend --socket-fd N --uds-fd N --cid N`. Ends when QEMU closes the connection.
+//! `fake_vsock_backend --socket-fd N --uds-fd N --cid N`. Ends when QEMU closes the connection; under the name `failing`, at once.
 
 #![expect(unsafe_code, reason = "the listening socket arrives as a descriptor number")]
 
@@ -21,6 +21,10 @@ const PROTOCOL_FEATURES: u64 = 1 << 9;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().collect();
+    if args.first().is_some_and(|name| name.ends_with("/failing")) {
+        eprintln!("no vsock today");
+        std::process::exit(7);
+    }
     let value = |name: &str| {
         args.windows(2)
             .find(|pair| pair[0] == name)

@@ -12,7 +12,7 @@ use caisson_hypervisor::{
     kvm::{self, Kvm},
 };
 
-use crate::{Accelerator, Engine, Qemu, QemuConfig};
+use crate::{Accelerator, Engine, Qemu, QemuConfig, user::Users};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const KVM_DEVICE: &str = "/dev/kvm";
@@ -83,13 +83,17 @@ pub(crate) async fn detect(config: QemuConfig) -> Result<Qemu, HypervisorError> 
                 reason,
             }
         })?;
+    let users = Users::new(config.user).map_err(|reason| HypervisorError::Start {
+        program: binary.clone(),
+        reason,
+    })?;
     Ok(Qemu {
         binary,
         version,
         vsock_backend: config.vsock_backend,
         engine,
         because,
-        user: config.user,
+        users,
     })
 }
 

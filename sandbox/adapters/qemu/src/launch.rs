@@ -23,8 +23,10 @@ use crate::{
     Engine, Qemu,
     arguments::{DiskPlan, MAX_COLD_DEVICES, MAX_SLOTS, NicPlan, Plan, arguments},
     disks::open_cold_disk,
+    handover::{Purpose, open_for},
     machine::{QemuVm, describe_end, first_answer, kill_all},
     qmp::Qmp,
+    user::Lease,
 };
 
 /// The guest's address on its own vsock. Any will do: each VM has a backend of its own.
@@ -35,6 +37,9 @@ const SOCKET_PATH_MAX: usize = 107;
 const MEMORY_MIN_MIB: u64 = 32;
 /// What QEMU's q35 machine takes without an interrupt remapper.
 const VCPUS_MAX: u32 = 255;
+
+/// Opened by QEMU itself.
+const KVM_DEVICE: &str = "/dev/kvm";
 
 /// How long the processes of a failed start get to end by themselves.
 const END_GRACE: Duration = Duration::from_secs(1);
@@ -75,6 +80,8 @@ impl Paths {
 struct Unfinished {
     vmm: Process,
     backend: Process,
+    /// Absent: they run as the daemon's own user.
+    user: Option<Lease>,
     armed: bool,
 }
 
@@ -116,7 +123,15 @@ pub(crate) async fn launch(qemu: &Qemu, spec: VmSpec) -> Result<QemuVm, Hypervis
         Ok(()) => {
             started.armed = false;
             let (vmm, backend) = (started.vmm.clone(), started.backend.clone());
-            Ok(QemuVm::new(id, paths, vmm, Some(backend), qmp, vec![None; slots]))
+            let user = started.user.take();
+            Ok(QemuVm::new(
+                id,
+                paths,
+                (vmm, Some(backend)),
+                user,
+                qmp,
+                vec![None; slots],
+            ))
         }
         Err(heard) => Err(explain(qemu, &started, &paths, heard).await),
     }
@@ -158,7 +173,7 @@ async fn explain(
     }
 }
 
-fn io_error(what: impl Into<String>, source: io::Error) -> HypervisorError {
+pub(crate) fn io_error(what: impl Into<String>, source: io::Error) -> HypervisorError {
     HypervisorError::Io {
         what: what.into(),
         source,
@@ -241,7 +256,10 @@ fn check_socket_path(path: &Path) -> Result<(), HypervisorError> {
 
 /// Opens everything and starts both processes.
 fn start(qemu: &Qemu, spec: VmSpec, paths: &Paths) -> Result<Unfinished, HypervisorError> {
-    let opened = Opened::open(qemu, spec, paths)?;
+    let user = qemu.users.claim(&spec.id)?;
+    let ids = user.as_ref().map(Lease::ids);
+    let program = open_for(&qemu.vsock_backend, "vsock backend", ids, Purpose::Execute)?;
+    let opened = Opened::open(qemu, spec, ids, paths)?;
     let backend_socket = paths.dir.join("vhost.sock");
     let backend_listener = listen(&backend_socket)?;
     let vsock_listener = listen(&paths.vsock)?;
@@ -256,6 +274,7 @@ fn start(qemu: &Qemu, spec: VmSpec, paths: &Paths) -> Result<Unfinished, Hypervi
         qemu.vsock_backend.clone(),
         paths.backend_log.clone(),
     );
+    command.program_file = Some(program.into());
     command.args = vec![
         "--socket-fd".into(),
         backend_listener.as_raw_fd().to_string().into(),
@@ -265,12 +284,13 @@ fn start(qemu: &Qemu, spec: VmSpec, paths: &Paths) -> Result<Unfinished, Hypervi
         GUEST_CID.to_string().into(),
     ];
     command.fds = vec![backend_listener.into(), vsock_listener.into()];
-    confine(&mut command, qemu, opened.spec.cgroup.as_deref());
+    confine(&mut command, ids, opened.spec.cgroup.as_deref());
     let backend = command.spawn()?;
     match start_qemu(qemu, opened, device, paths) {
         Ok(vmm) => Ok(Unfinished {
             vmm,
             backend,
+            user,
             armed: true,
         }),
         Err(error) => {
@@ -298,34 +318,51 @@ fn start_qemu(
         .into_iter()
         .map(Into::into)
         .collect();
-    confine(&mut command, qemu, opened.spec.cgroup.as_deref());
+    confine(&mut command, opened.user, opened.spec.cgroup.as_deref());
+    if let (Some(who), Engine::Kvm) = (&mut command.credentials, qemu.engine) {
+        who.groups = kvm_groups(Path::new(KVM_DEVICE), (who.uid, who.gid))?;
+    }
     command.fds = opened.into_fds();
     command.fds.push(device.into());
     command.spawn()
 }
 
 /// What both processes have in common: no network, no System V IPC, no core dumps (they would hold the guest's memory), no way
-/// back to privilege, and the user asked for.
-fn confine(command: &mut DetachedCommand, qemu: &Qemu, cgroup: Option<&Path>) {
+/// back to privilege, and the user chosen.
+fn confine(command: &mut DetachedCommand, user: Option<(u32, u32)>, cgroup: Option<&Path>) {
     command.cgroup = cgroup.map(Path::to_owned);
     command.confined = true;
     command.rlimits = vec![(libc::RLIMIT_CORE, 0)];
     if rustix::process::geteuid().is_root() {
         command.unshare = libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     }
-    command.credentials = qemu.user.map(|(uid, gid)| Credentials {
+    command.credentials = user.map(|(uid, gid)| Credentials {
         uid,
         gid,
-        groups: kvm_group(qemu.engine),
+        groups: Vec::new(),
     });
 }
 
-/// QEMU opens /dev/kvm by itself.
-fn kvm_group(engine: Engine) -> Vec<u32> {
-    match (engine, std::fs::metadata("/dev/kvm")) {
-        (Engine::Kvm, Ok(metadata)) => vec![metadata.gid()],
-        _ => Vec::new(),
+/// The groups that QEMU needs to open the KVM device by itself; root's is none to be given away.
+fn kvm_groups(device: &Path, user: (u32, u32)) -> Result<Vec<u32>, HypervisorError> {
+    let metadata =
+        std::fs::metadata(device).map_err(|e| io_error(format!("inspect {}", device.display()), e))?;
+    let (mode, owner, group) = (metadata.mode(), metadata.uid(), metadata.gid());
+    let grants = |shift: u32| mode >> shift & 0o6 == 0o6;
+    if owner == user.0 && grants(6) || group == user.1 && grants(3) || grants(0) {
+        return Ok(Vec::new());
     }
+    if group != 0 && grants(3) {
+        return Ok(vec![group]);
+    }
+    Err(HypervisorError::Start {
+        program: device.to_owned(),
+        reason: format!(
+            "user {} cannot open it: it belongs to {owner}:{group} with mode {:04o}; `chgrp kvm` and `chmod 0660` are what Debian does",
+            user.0,
+            mode & 0o7777
+        ),
+    })
 }
 
 fn listen(path: &Path) -> Result<UnixListener, HypervisorError> {
@@ -335,6 +372,8 @@ fn listen(path: &Path) -> Result<UnixListener, HypervisorError> {
 /// All that QEMU gets, open.
 struct Opened {
     spec: VmSpec,
+    /// Who shall have it.
+    user: Option<(u32, u32)>,
     kernel: File,
     initramfs: File,
     console: File,
@@ -345,9 +384,15 @@ struct Opened {
 }
 
 impl Opened {
-    fn open(qemu: &Qemu, spec: VmSpec, paths: &Paths) -> Result<Self, HypervisorError> {
-        let kernel = open_boot_file(&spec.kernel, "kernel", qemu.user)?;
-        let initramfs = open_boot_file(&spec.initramfs, "initramfs", qemu.user)?;
+    fn open(
+        qemu: &Qemu,
+        spec: VmSpec,
+        user: Option<(u32, u32)>,
+        paths: &Paths,
+    ) -> Result<Self, HypervisorError> {
+        // QEMU opens these two once more, through /proc/self/fd.
+        let kernel = open_for(&spec.kernel, "kernel", user, Purpose::Read)?;
+        let initramfs = open_for(&spec.initramfs, "initramfs", user, Purpose::Read)?;
         let console = OpenOptions::new()
             .append(true)
             .create(true)
@@ -363,6 +408,7 @@ impl Opened {
             qmp: listen(&paths.qmp)?,
             disks,
             vhost,
+            user,
             spec,
         })
     }
@@ -421,36 +467,6 @@ impl Opened {
         fds.extend(self.spec.nics.into_iter().flat_map(|nic| nic.queues));
         fds
     }
-}
-
-/// QEMU opens kernel and initramfs once more through /proc/self/fd, where the file's own permissions count again.
-fn open_boot_file(path: &Path, what: &str, user: Option<(u32, u32)>) -> Result<File, HypervisorError> {
-    let failed = |e| io_error(format!("open the {what} {}", path.display()), e);
-    let file = File::open(path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    if !metadata.is_file() {
-        return Err(HypervisorError::Spec(format!(
-            "the {what} {} is not a file",
-            path.display()
-        )));
-    }
-    if let Some((uid, gid)) = user {
-        let readable = if metadata.uid() == uid {
-            0o400
-        } else if metadata.gid() == gid {
-            0o040
-        } else {
-            0o004
-        };
-        if metadata.mode() & readable == 0 {
-            let text = format!(
-                "the {what} {} is not readable for user {uid}, whom QEMU runs as",
-                path.display()
-            );
-            return Err(HypervisorError::Spec(text));
-        }
-    }
-    Ok(file)
 }
 
 /// The kernel's virtio-net back end saves a copy by QEMU; only worth it where the guest itself runs at speed.
@@ -523,16 +539,25 @@ mod tests {
     }
 
     #[test]
-    fn a_boot_file_that_the_user_cannot_read_is_named_before_qemu_fails() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
-        std::fs::set_permissions(file.path(), mode(0o640)).unwrap();
-        let error = open_boot_file(file.path(), "kernel", Some((65534, 65534)))
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("not readable for user 65534"), "{error}");
-        std::fs::set_permissions(file.path(), mode(0o644)).unwrap();
-        open_boot_file(file.path(), "kernel", Some((65534, 65534))).unwrap();
-        assert!(open_boot_file(Path::new("/dev/null"), "kernel", None).is_err());
+    fn the_kvm_device_is_reached_by_its_group_but_never_by_that_of_root() {
+        let device = tempfile::NamedTempFile::new().unwrap();
+        let groups = |mode, user| {
+            let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
+            std::fs::set_permissions(device.path(), permissions).unwrap();
+            kvm_groups(device.path(), user)
+        };
+        assert_eq!(groups(0o666, (7, 7)).unwrap(), Vec::<u32>::new());
+        let own = device.as_file().metadata().unwrap();
+        assert_eq!(groups(0o600, (own.uid(), 7)).unwrap(), Vec::<u32>::new());
+        let error = groups(0o600, (7, 7)).unwrap_err().to_string();
+        assert!(
+            error.contains("user 7 cannot open it") && error.contains("mode 0600"),
+            "{error}"
+        );
+        if own.uid() == 0 {
+            assert!(groups(0o660, (7, 7)).is_err(), "the group is root's");
+            std::os::unix::fs::chown(device.path(), None, Some(108)).unwrap();
+            assert_eq!(groups(0o660, (7, 7)).unwrap(), [108]);
+        }
     }
 }

@@ -8,10 +8,12 @@
 mod arguments;
 mod detect;
 mod disks;
+mod handover;
 mod launch;
 mod logs;
 mod machine;
 mod qmp;
+mod user;
 
 use std::path::PathBuf;
 
@@ -19,6 +21,7 @@ use async_trait::async_trait;
 use caisson_hypervisor::{Hypervisor, HypervisorError, Vm, VmRecord, VmSpec};
 
 pub use detect::Version;
+pub use user::{UID_BASE, UID_COUNT, VmUser};
 
 /// What an admin may say about QEMU.
 #[derive(Debug, Clone, Default)]
@@ -29,8 +32,8 @@ pub struct QemuConfig {
     pub vsock_backend: PathBuf,
     /// How guest code is executed.
     pub accelerator: Accelerator,
-    /// User and group that both processes of a VM run as; absent: the daemon's. The kernel and the initramfs must be readable by it.
-    pub user: Option<(u32, u32)>,
+    /// Whom both processes of a VM run as. Only QEMU's own program files need be readable by them.
+    pub user: VmUser,
 }
 
 /// How guest code is executed.
@@ -61,7 +64,7 @@ pub struct Qemu {
     pub(crate) engine: Engine,
     /// Why that engine, as half a sentence.
     pub(crate) because: String,
-    pub(crate) user: Option<(u32, u32)>,
+    pub(crate) users: user::Users,
 }
 
 /// [`Hypervisor::name`] of this driver.
@@ -93,8 +96,9 @@ impl Hypervisor for Qemu {
         };
         let Self { version, because, .. } = self;
         format!(
-            "QEMU {version} ({}) with {engine}: {because}",
-            self.binary.display()
+            "QEMU {version} ({}) with {engine}: {because}; {}",
+            self.binary.display(),
+            self.users.who()
         )
     }
 
@@ -103,7 +107,7 @@ impl Hypervisor for Qemu {
     }
 
     async fn adopt(&self, record: VmRecord) -> Result<Option<Box<dyn Vm>>, HypervisorError> {
-        let adopted = machine::QemuVm::adopt(record).await?;
+        let adopted = machine::QemuVm::adopt(record, &self.users).await?;
         Ok(adopted.map(|vm| Box::new(vm) as Box<dyn Vm>))
     }
 }

@@ -24,6 +24,7 @@ use crate::{
     launch::Paths,
     logs,
     qmp::{COMMAND_DEADLINE, Qmp},
+    user::{Lease, Users},
 };
 
 /// How long an adopted VM may take to name its disks; a restarted daemon has many VMs to adopt.
@@ -42,6 +43,8 @@ pub(crate) struct QemuVm {
     /// Why this driver itself killed the VMM.
     cause: OnceLock<String>,
     keeper: AbortHandle,
+    /// Kept from other VMs while this one is.
+    _user: Option<Lease>,
 }
 
 impl Drop for QemuVm {
@@ -54,8 +57,8 @@ impl QemuVm {
     pub(crate) fn new(
         id: String,
         paths: Paths,
-        vmm: Process,
-        backend: Option<Process>,
+        (vmm, backend): (Process, Option<Process>),
+        user: Option<Lease>,
         qmp: Qmp,
         slots: Vec<Option<String>>,
     ) -> Self {
@@ -69,11 +72,12 @@ impl QemuVm {
             disks,
             cause: OnceLock::new(),
             keeper,
+            _user: user,
         }
     }
 
     /// Takes over what `record` names. Slots are then what QEMU says: the earlier daemon may have ended between plugging and writing.
-    pub(crate) async fn adopt(record: VmRecord) -> Result<Option<Self>, HypervisorError> {
+    pub(crate) async fn adopt(record: VmRecord, users: &Users) -> Result<Option<Self>, HypervisorError> {
         if record.driver != NAME {
             return Err(HypervisorError::Spec(format!(
                 "VM {} belongs to driver {}",
@@ -100,7 +104,8 @@ impl QemuVm {
         };
         let paths = Paths::in_dir(&record.dir);
         let qmp = Qmp::new(paths.qmp.clone());
-        let vm = Self::new(record.id, paths, vmm, backend, qmp, record.slots);
+        let user = users.recall(vmm.reference().pid);
+        let vm = Self::new(record.id, paths, (vmm, backend), user, qmp, record.slots);
         // A wedged QEMU is adopted too: it can still be killed.
         match tokio::time::timeout(ADOPT_DEADLINE, vm.disks.reconcile()).await {
             Ok(Ok(())) => {}

@@ -12,8 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, Nic, ProcessRole, Vm};
-use caisson_qemu::{Accelerator, Qemu, QemuConfig};
+use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, Nic, ProcessRef, ProcessRole, Vm};
+use caisson_qemu::{Accelerator, Qemu, QemuConfig, UID_BASE, UID_COUNT, VmUser};
 use machine::{Bench, LIMIT, backend, cached_kernel, driver, driver_as, processes_of, sleeping_initramfs};
 
 fn disk(serial: &str, path: PathBuf) -> Disk {
@@ -255,11 +255,10 @@ async fn a_qemu_that_dies_at_start_is_quoted_and_leaves_no_process() {
 async fn a_backend_that_fails_is_the_one_that_is_blamed() {
     let Some(_) = driver().await else { return };
     let bench = Bench::new();
-    let script = bench.path("backend");
-    fs::write(&script, "#!/bin/sh\necho no vsock today >&2\nexit 7\n").unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let failing = bench.path("failing");
+    fs::copy(backend(), &failing).unwrap();
     let config = QemuConfig {
-        vsock_backend: script,
+        vsock_backend: failing,
         accelerator: Accelerator::Tcg,
         ..QemuConfig::default()
     };
@@ -317,48 +316,112 @@ async fn the_choice_is_described_with_its_reason() {
     assert!(driver.is_emulated());
 }
 
+/// The user of a process that has no privilege and no network, checked.
+fn confined_user(process: &ProcessRef) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapPrm:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Groups:\t \n",
+    ] {
+        assert!(status.contains(line), "{line:?} is not in {status}");
+    }
+    if process.role == ProcessRole::Vmm {
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+    }
+    let network = fs::read_link(format!("/proc/{}/ns/net", process.pid)).unwrap();
+    assert_ne!(network, fs::read_link("/proc/self/ns/net").unwrap());
+    let ids = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        let ids: Vec<u32> = line
+            .split_ascii_whitespace()
+            .map(|id| id.parse().unwrap())
+            .collect();
+        assert!(ids.iter().all(|id| *id == ids[0]), "{status}");
+        ids[0]
+    };
+    assert_eq!(ids("Uid:"), ids("Gid:"));
+    ids("Uid:")
+}
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: changing the user needs root");
+    }
+    root
+}
+
 #[tokio::test]
 async fn both_processes_run_without_privilege_and_without_a_network() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: changing the user needs root");
+    if !is_root() {
         return;
     }
-    let Some(driver) = driver_as(Some((65534, 65534))).await else {
+    let user = VmUser::Fixed {
+        uid: 65534,
+        gid: 65534,
+    };
+    let Some(driver) = driver_as(user).await else {
         return;
     };
     let bench = Bench::new();
-    // The backend's program must be reachable for that user.
-    let reachable = bench.path("backend");
-    fs::copy(backend(), &reachable).unwrap();
-    drop(driver);
-    let config = QemuConfig {
-        vsock_backend: reachable,
-        accelerator: Accelerator::Tcg,
-        user: Some((65534, 65534)),
-        binary: None,
-    };
-    let driver = Qemu::detect(config).await.unwrap();
-    // Only root may look into the VM's directory and at its disks.
-    fs::set_permissions(bench.path("vm"), fs::Permissions::from_mode(0o700)).unwrap();
-    let image = bench.image("secret.img", 1 << 20);
-    fs::set_permissions(&image, fs::Permissions::from_mode(0o600)).unwrap();
-    let mut spec = bench.spec();
-    spec.disks = vec![disk("cold", image.clone())];
-    let vm = driver.launch(spec).await.unwrap();
-    vm.attach(disk("hot", image)).await.unwrap();
+    let vm = driver.launch(bench.spec()).await.unwrap();
     for process in vm.record().processes {
-        let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
-        assert!(status.contains("Uid:\t65534\t65534\t65534\t65534"), "{status}");
-        assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
-        assert!(status.contains("CapBnd:\t0000000000000000"), "{status}");
-        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
-        if process.role == ProcessRole::Vmm {
-            assert!(status.contains("Seccomp:\t2"), "{status}");
-        }
-        let network = fs::read_link(format!("/proc/{}/ns/net", process.pid)).unwrap();
-        assert_ne!(network, fs::read_link("/proc/self/ns/net").unwrap());
+        assert_eq!(confined_user(&process), 65534);
     }
     vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn each_vm_is_a_user_of_its_own_that_can_reach_none_of_its_files() {
+    if !is_root() {
+        return;
+    }
+    let Some(_) = driver().await else { return };
+    let mut seen = Vec::new();
+    let mut running = Vec::new();
+    let bench = Bench::new();
+    let other = Bench::new();
+    let private = fs::Permissions::from_mode(0o700);
+    let backend_file = bench.path("backend");
+    fs::copy(backend(), &backend_file).unwrap();
+    let config = QemuConfig {
+        vsock_backend: backend_file.clone(),
+        accelerator: Accelerator::Tcg,
+        ..QemuConfig::default()
+    };
+    let driver = Qemu::detect(config).await.unwrap();
+    for (bench, mode) in [(&bench, 0o600), (&other, 0o644)] {
+        let image = bench.image("secret.img", 1 << 20);
+        for file in ["secret.img", "kernel", "initramfs"] {
+            fs::set_permissions(bench.path(file), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        fs::set_permissions(bench.dir.path(), private.clone()).unwrap();
+        fs::set_permissions(bench.path("vm"), private.clone()).unwrap();
+        let backend_mode = if mode == 0o600 { 0o700 } else { 0o755 };
+        fs::set_permissions(&backend_file, fs::Permissions::from_mode(backend_mode)).unwrap();
+        let mut spec = bench.spec();
+        spec.disks = vec![disk("cold", image.clone())];
+        let vm = driver.launch(spec).await.unwrap();
+        vm.attach(disk("hot", image)).await.unwrap();
+        let users: Vec<u32> = vm.record().processes.iter().map(confined_user).collect();
+        assert_eq!(users[0], users[1], "QEMU and its vsock backend are one user");
+        assert!((UID_BASE..UID_BASE + UID_COUNT).contains(&users[0]), "{users:?}");
+        seen.push(users[0]);
+        running.push(vm);
+    }
+    assert_ne!(seen[0], seen[1]);
+
+    // A later daemon knows whose user is whose.
+    let records: Vec<_> = running.drain(..).map(|vm| vm.record()).collect();
+    for (record, user) in records.into_iter().zip(seen) {
+        let vm = driver.adopt(record).await.unwrap().expect("it runs");
+        assert_eq!(confined_user(&vm.record().processes[0]), user);
+        assert_eq!(vm.record().slots[0].as_deref(), Some("hot"));
+        vm.kill().await.unwrap();
+    }
 }
 
 #[tokio::test]

@@ -8,16 +8,16 @@ use std::{
 };
 
 use caisson_hypervisor::{Vm, VmSpec};
-use caisson_qemu::{Accelerator, Qemu, QemuConfig};
+use caisson_qemu::{Accelerator, Qemu, QemuConfig, VmUser};
 
 pub(crate) const LIMIT: Duration = Duration::from_secs(90);
 
 /// A driver that emulates, or `None` (said aloud) where there is no QEMU.
 pub(crate) async fn driver() -> Option<Qemu> {
-    driver_as(None).await
+    driver_as(VmUser::default()).await
 }
 
-pub(crate) async fn driver_as(user: Option<(u32, u32)>) -> Option<Qemu> {
+pub(crate) async fn driver_as(user: VmUser) -> Option<Qemu> {
     let config = QemuConfig {
         vsock_backend: backend(),
         accelerator: Accelerator::Tcg,
