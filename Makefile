@@ -24,8 +24,9 @@ help:
 setup:
 	@./tests/setup.sh
 
+# The test programs come with it: built apart, cargo would compile half of their libraries again with other features.
 build: setup
-	$(CARGO) build --release -p caissond -p caisson-vhost-vsock
+	$(CARGO) build --release -p caissond -p caisson-vhost-vsock -p caisson-e2e --bins
 
 # Static, so that it is the only file a guest needs; --target keeps build scripts and macros dynamic.
 agent: setup
@@ -41,9 +42,8 @@ guest-tuned: agent
 	./guest/initramfs.sh $(GUEST)/tuned/initramfs.cpio $(AGENT)
 
 demo: build guest
-	$(CARGO) build --release -p caisson-e2e --bin demo
 	@echo
-	./target/release/demo
+	@./target/release/demo
 
 # fsck.erofs judges our images. The agent's component tests run it outside a VM, through a door that the product's build does not
 # have; one of them boots the product's own in a VM.
@@ -59,7 +59,7 @@ e2e: build guest crictl
 
 e2e-tuned: build guest-tuned crictl
 	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
-		$(CARGO) test --release -p caisson-e2e --test pods --test logs --test isolation -- --test-threads=1
+		$(CARGO) test --release -p caisson-e2e --test pods --test logs --test isolation --test workloads -- --test-threads=1
 
 test:
 	@./tests/all.sh
@@ -69,13 +69,13 @@ check: setup
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 bench: build guest guest-tuned
-	$(CARGO) run --release -p caisson-e2e --bin bench
+	./target/release/bench
 
 run: build guest
 	./tests/run-by-hand.sh $(RUN)
 
-registry: setup
-	$(CARGO) run --release -p caisson-e2e --bin registry
+registry: build
+	./target/release/registry
 
 crictl: setup
 	@./tests/peers.sh $(CAISSON_CACHE)/bin crictl
