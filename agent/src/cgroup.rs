@@ -15,6 +15,12 @@ use crate::error::{AgentError, At};
 const ROOT: &str = "/sys/fs/cgroup";
 const POD: &str = "/sys/fs/cgroup/pod";
 
+/// Deepest nesting of cgroups inside a container.
+const MAX_DEPTH: &str = "64";
+
+/// Most cgroups inside a container.
+const MAX_DESCENDANTS: &str = "16384";
+
 /// How long a killed cgroup may take to become empty.
 const EMPTY_BOUND: Duration = Duration::from_secs(20);
 
@@ -39,6 +45,9 @@ impl Cgroup {
         delegate(ROOT)?;
         delegate(POD)?;
         fs::create_dir_all(&cgroup.path).at(|| format!("creating cgroup {}", cgroup.path.display()))?;
+        // A privileged container makes cgroups of its own; what is walked when they are removed stays small.
+        cgroup.write("cgroup.max.depth", MAX_DEPTH)?;
+        cgroup.write("cgroup.max.descendants", MAX_DESCENDANTS)?;
         for (file, value) in settings(limits)? {
             cgroup.write(&file, &value)?;
         }

@@ -96,6 +96,7 @@ fn prepare() -> Result<(), AgentError> {
         c"mode=0620,ptmxmode=0666,gid=5",
     )
     .at(|| "mounting devpts on /dev/pts")?;
+    kernel_defaults(&Path::new(NEW_ROOT).join("proc"));
     take_console(&Path::new(NEW_ROOT).join("dev/console"));
     // A test of the kernel's kind needs a writable initramfs; what is loaded is dropped from memory.
     let modules = kernel_modules::load(Path::new(kernel_modules::ORDER_FILE))?;
@@ -105,6 +106,20 @@ fn prepare() -> Result<(), AgentError> {
         fs::remove_dir_all("/lib/modules").at(|| "dropping the loaded modules' files")?;
     }
     switch_root()
+}
+
+/// What the kernel's own defaults get wrong for a pod. Best effort: a guest without them still works.
+fn kernel_defaults(proc: &Path) {
+    for (file, value) in [
+        // Inherited by the agent, and undone by each container's own value: when memory is short, a container dies, not the pod.
+        ("self/oom_score_adj", "-1000"),
+        // As kubelet sets it on a node, and so what programs in pods are used to.
+        ("sys/vm/overcommit_memory", "1"),
+    ] {
+        if let Err(error) = fs::write(proc.join(file), value) {
+            complain(&format!("writing {value} to /proc/{file}: {error}"));
+        }
+    }
 }
 
 /// Makes [`NEW_ROOT`] the root of this process and its children.

@@ -12,6 +12,7 @@ mod configure;
 mod console;
 mod copy_tree;
 mod create;
+mod delete_tree;
 mod device_filter;
 mod devices;
 mod error;

@@ -1,6 +1,6 @@
 //! `RemoveContainer`: ends what runs, and leaves nothing.
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
 use rustix::{
     io::Errno,
@@ -10,6 +10,7 @@ use rustix::{
 use crate::{
     cgroup::Cgroup,
     create::{directory, scratch},
+    delete_tree,
     error::{AgentError, At},
     guest::Guest,
     service::blocking,
@@ -62,7 +63,7 @@ pub(crate) fn dismantle(id: &str) -> Result<(), AgentError> {
 }
 
 fn remove_directory(path: &Path) -> Result<(), AgentError> {
-    match fs::remove_dir_all(path) {
+    match delete_tree::delete(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other.at(|| format!("removing {}", path.display())),
     }

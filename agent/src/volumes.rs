@@ -28,6 +28,7 @@ use rustix::{
 };
 
 use crate::{
+    delete_tree,
     error::{AgentError, At},
     guest::Guest,
     names,
@@ -108,7 +109,7 @@ pub(crate) fn remove(guest: &Guest, request: &v1::RemoveVolumeRequest) -> Result
         });
     }
     let place = Path::new(DIRECTORY).join(&request.volume_id);
-    fs::remove_dir_all(&place).at(|| format!("removing volume {}", request.volume_id))
+    delete_tree::delete(&place).at(|| format!("removing volume {}", request.volume_id))
 }
 
 /// What the kernel will not check for us. Pure.
@@ -297,7 +298,7 @@ fn make_way(parent: &OwnedFd, name: &OsStr, for_directory: bool) -> io::Result<(
         return Ok(());
     }
     if is_directory {
-        return fs::remove_dir_all(crate::rootfs::name_of(parent.as_fd()).join(name));
+        return delete_tree::delete(&crate::rootfs::name_of(parent.as_fd()).join(name));
     }
     Ok(unlinkat(parent, name, AtFlags::empty())?)
 }
@@ -318,8 +319,7 @@ fn remove_others(root: &OwnedFd, below: &[u8], wanted: &HashSet<&[u8]>) -> io::R
         match (wanted.contains(path.as_slice()), is_directory) {
             (true, true) => remove_others(root, &path, wanted)?,
             (true, false) => {}
-            (false, true) => fs::remove_dir_all(entry.path())?,
-            (false, false) => fs::remove_file(entry.path())?,
+            (false, _) => delete_tree::delete(&entry.path())?,
         }
     }
     Ok(())

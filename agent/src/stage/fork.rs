@@ -1,5 +1,5 @@
 //! How the second half is born: by clone3, into its cgroup and namespaces, as a child of the agent.
-#![expect(unsafe_code, reason = "clone3 and unshare have no safe form")]
+#![expect(unsafe_code, reason = "clone3, unshare and signal have no safe form")]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -63,6 +63,13 @@ pub(super) fn child_of_the_agent(birth: &Birth, cgroup: Option<&OwnedFd>) -> Res
 
 /// As in linux/sched.h; the libc crate's constant does not fit its own type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// From now on, the kernel reaps what this process would have to wait for, adopted orphans included. SIGCHLD's default is no such
+/// thing: it neither reaps nor wakes a sleeper up, because it is ignored before it is delivered.
+pub(super) fn children_reap_themselves() {
+    // SAFETY: SIG_IGN is no handler: no code of ours runs in a signal's context. The call cannot fail for SIGCHLD.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
 
 /// In the child: its cgroup becomes the root of what it sees, and `hostname`, when not empty, its own.
 pub(super) fn own_views(hostname: &str) -> Result<(), StageError> {

@@ -89,7 +89,8 @@ fn special(
     flags: MountFlags,
     options: &CStr,
 ) -> Result<(), StageError> {
-    let target = rootfs::ensure(root, path, Want::Directory).at(|| format!("creating {path}"))?;
+    // A link of the image's may lead anywhere inside, but not into the /proc that is mounted first.
+    let target = destination(root, path, Want::Directory)?;
     mount(kind, name_of(&target), kind, flags, options).at(|| format!("mounting {kind} on {path}"))
 }
 

@@ -6,7 +6,7 @@ use std::{os::fd::OwnedFd, process::ExitCode};
 
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
-    process::{DumpableBehavior, WaitOptions, set_dumpable_behavior},
+    process::{DumpableBehavior, set_dumpable_behavior},
     thread::{CapabilitySet, CapabilitySets, set_capabilities},
 };
 
@@ -86,23 +86,16 @@ fn second_half(control: &OwnedFd) -> Result<(), StageError> {
 }
 
 fn reap() -> ExitCode {
-    loop {
-        match rustix::process::wait(WaitOptions::empty()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(_) => pause(),
-        }
-    }
-}
-
-/// Sleeps until a child may exist. Orphans do not announce themselves, but their end does: SIGCHLD interrupts.
-fn pause() {
+    fork::children_reap_themselves();
     let hour = rustix::time::Timespec {
         tv_sec: 3600,
         tv_nsec: 0,
     };
-    match rustix::thread::nanosleep(&hour) {
-        rustix::thread::NanosleepRelativeResult::Ok
-        | rustix::thread::NanosleepRelativeResult::Interrupted(_)
-        | rustix::thread::NanosleepRelativeResult::Err(_) => {}
+    loop {
+        match rustix::thread::nanosleep(&hour) {
+            rustix::thread::NanosleepRelativeResult::Ok
+            | rustix::thread::NanosleepRelativeResult::Interrupted(_)
+            | rustix::thread::NanosleepRelativeResult::Err(_) => {}
+        }
     }
 }
