@@ -14,6 +14,7 @@ use crate::{
         execute::{self, Environment, quote},
         network::Capabilities,
         result::AddResult,
+        strays,
     },
     error::{Execution, NetError},
     namespace,
@@ -160,6 +161,14 @@ impl Network {
                 failures.push(error);
                 Vec::new()
             });
+        // Without a result an ADD has not come to its end; its plugin may still run when it was another daemon's.
+        if entries.iter().any(|entry| entry.result.is_none()) {
+            let container = id.to_owned();
+            let killed = blocking(move || {
+                strays::kill(&container).map_err(NetError::file("kill CNI plugins found in", "/proc"))
+            });
+            failures.extend(killed.await.err());
+        }
         if entries.is_empty() {
             let result = self.delete_uncached(id, &netns, is_pinned, spec).await;
             // Without namespace and cache nobody knows whether there ever was a network.
@@ -168,6 +177,8 @@ impl Network {
         for entry in entries {
             failures.extend(self.delete_cached(entry, &netns, is_pinned, spec).await);
         }
+        let (cache, container) = (self.cache(), id.to_owned());
+        failures.extend(blocking(move || cache.sweep(&container)).await.err());
         if let Err(error) = namespace::remove(&netns).await {
             failures.push(NetError::file("unpin the network namespace", &netns)(error));
         }

@@ -7,3 +7,4 @@ pub(crate) mod conflist;
 pub(crate) mod execute;
 pub(crate) mod network;
 pub(crate) mod result;
+pub(crate) mod strays;

@@ -91,7 +91,7 @@ impl Cache {
                 .create(&self.results)?;
             // Beside the directory, not in it: other tools take each file in there for an entry.
             let mut file = tempfile::Builder::new()
-                .prefix(".cni-result-")
+                .prefix(&temporary_prefix(&entry.container_id))
                 .tempfile_in(&self.root)?;
             file.write_all(serde_json::to_string(entry)?.as_bytes())?;
             file.as_file().sync_all()?;
@@ -130,6 +130,30 @@ impl Cache {
             _ => Ok(()),
         }
     }
+
+    /// Removes what a daemon has left that died while it wrote an entry of this container.
+    pub(crate) fn sweep(&self, container_id: &str) -> Result<(), NetError> {
+        let sweep = || -> io::Result<()> {
+            let prefix = temporary_prefix(container_id);
+            for file in fs::read_dir(&self.root)? {
+                let file = file?;
+                if file.file_name().to_string_lossy().starts_with(&prefix) {
+                    fs::remove_file(file.path())?;
+                }
+            }
+            Ok(())
+        };
+        match sweep() {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(NetError::file("sweep the CNI cache in", &self.root)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn temporary_prefix(container_id: &str) -> String {
+    format!(".cni-result-{container_id}.")
 }
 
 #[cfg(test)]
@@ -153,6 +177,21 @@ mod tests {
         cache.remove(&entry).unwrap();
         cache.remove(&entry).unwrap();
         assert_eq!(cache.of("a").unwrap(), []);
+    }
+
+    #[test]
+    fn a_half_written_entry_is_swept_with_its_container_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::new(&directory.path().join("none"));
+        cache.sweep("a").unwrap();
+        let cache = Cache::new(directory.path());
+        let (ours, other) = (temporary_prefix("a") + "x", temporary_prefix("a-b") + "x");
+        for name in [&ours, &other] {
+            fs::write(directory.path().join(name), "{").unwrap();
+        }
+        cache.sweep("a").unwrap();
+        assert!(!directory.path().join(ours).exists());
+        assert!(directory.path().join(other).exists());
     }
 
     #[test]
