@@ -27,6 +27,8 @@ enum Failure {
     Arguments(#[from] arguments::Wrong),
     #[error("cannot make the device")]
     Device(#[from] VsockError),
+    #[error("cannot name the process")]
+    Name(#[source] std::io::Error),
     #[error("cannot confine the process")]
     Confinement(#[from] confinement::ConfinementError),
     #[error("vhost-user: {0}")]
@@ -71,6 +73,8 @@ fn main() -> ExitCode {
 
 /// Serves one VM until it goes.
 fn run(arguments: Arguments) -> Result<(), Failure> {
+    // Executed through a descriptor, it would be called by the descriptor's number.
+    rustix::thread::set_name(c"caisson-vhost-v").map_err(|e| Failure::Name(e.into()))?;
     confinement::raise_file_limit();
     let vsock = Vsock::new(arguments.cid, arguments.hybrid)?;
     let host_events = vsock.as_raw_fd();
