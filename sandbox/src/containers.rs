@@ -49,8 +49,16 @@ impl Actor {
                 let Some(live) = live else {
                     return answer(reply, Err(self.no_guest("run a command in", &id)));
                 };
+                let mut reply = reply;
                 self.spawn_work(async move {
-                    answer(reply, Box::pin(container::exec(live, id, exec)).await);
+                    let command = Box::pin(container::exec(live, id.clone(), exec));
+                    tokio::select! {
+                        result = command => answer(reply, result),
+                        // Nobody waits for what it prints; dropped, it is killed in the guest.
+                        () = reply.closed() => {
+                            tracing::debug!(container.id = %id.0, "command given up with its caller");
+                        }
+                    }
                     Work::Answered
                 });
             }

@@ -7,7 +7,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use caisson_guest::{GuestError, GuestErrorKind};
 use caisson_hypervisor::HypervisorError;
 use caisson_lifecycle::sizing::SizeError;
-use caisson_net::NetError;
+use caisson_net::{NetError, NetErrorKind};
 
 /// Why a call on a pod or container failed. The text says what was tried on what; the chain of sources has the cause.
 ///
@@ -221,8 +221,8 @@ impl SandboxError {
                 _ => ErrorKind::Internal,
             },
             Self::Io { source, .. } => io_kind(source),
-            Self::Network { .. }
-            | Self::VmDied { .. }
+            Self::Network { source, .. } => network_kind(source),
+            Self::VmDied { .. }
             | Self::Record { .. }
             | Self::CleanUp { .. }
             | Self::Program { .. }
@@ -269,6 +269,17 @@ fn guest_kind(error: &GuestError) -> ErrorKind {
         (_, GuestErrorKind::Invalid) => ErrorKind::Invalid,
         (_, GuestErrorKind::WrongState) => ErrorKind::WrongState,
         (_, GuestErrorKind::Timeout | GuestErrorKind::Unreachable) => ErrorKind::Deadline,
+    }
+}
+
+fn network_kind(error: &NetError) -> ErrorKind {
+    match (error, error.kind()) {
+        (NetError::File { source, .. }, _) => io_kind(source),
+        // Right request, but the node has no network to give.
+        (_, NetErrorKind::NotReady) => ErrorKind::WrongState,
+        (_, NetErrorKind::Deadline) => ErrorKind::Deadline,
+        (_, NetErrorKind::InvalidArgument) => ErrorKind::Invalid,
+        (_, NetErrorKind::Plugin | NetErrorKind::Internal) => ErrorKind::Internal,
     }
 }
 

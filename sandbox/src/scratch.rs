@@ -81,17 +81,18 @@ fn make(path: &Path, bytes: u64) -> Result<(), SandboxError> {
             "PATH",
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         )
+        .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .output()
         .map_err(SandboxError::io("run mkfs.ext4 (package e2fsprogs)"))?;
     if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        if said.contains("No space left on device") {
+            return Err(SandboxError::io(what())(std::io::ErrorKind::StorageFull.into()));
+        }
         return Err(SandboxError::Program {
             program: "mkfs.ext4",
-            reason: format!(
-                "{}: {}",
-                output.status,
-                String::from_utf8_lossy(&output.stderr).trim()
-            ),
+            reason: format!("{}: {}", output.status, said.trim()),
         });
     }
     file.sync_all().map_err(SandboxError::io(what()))

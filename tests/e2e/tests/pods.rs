@@ -668,3 +668,39 @@ fn a_pod_whose_vm_dies_is_seen_to_be_not_ready() -> Result<()> {
         host.leftovers()?.nothing_new_since(&before)
     })
 }
+
+#[test]
+fn a_command_whose_caller_has_gone_is_killed() -> Result<()> {
+    let host = Host::enter()?;
+    run(async {
+        let Node {
+            mut cri,
+            image,
+            daemon: _daemon,
+            _registry,
+        } = node(&host).await?;
+        let config = pod(&host, "gone");
+        let pod_id = cri.run_pod(&config).await?;
+        let id = cri
+            .run(&pod_id, &container("c", &image, &["sleep", "1000"]), &config)
+            .await?;
+        let mut caller = cri.clone();
+        let container_id = id.clone();
+        let call = tokio::spawn(async move { caller.exec_within(&container_id, &["sleep", "777"], 0).await });
+        let processes = async |cri: &mut Cri| -> Option<usize> {
+            let (_, listed, _) = cri.exec(&id, &["ps"]).await.ok()?;
+            Some(listed.lines().filter(|line| line.contains("sleep 777")).count())
+        };
+        let mut watcher = cri.clone();
+        eventually("the command's start", Duration::from_secs(20), async || {
+            processes(&mut watcher).await.filter(|count| *count > 0)
+        })
+        .await?;
+        call.abort();
+        eventually("the command's end", Duration::from_secs(20), async || {
+            processes(&mut watcher).await.filter(|count| *count == 0)
+        })
+        .await?;
+        Ok(())
+    })
+}

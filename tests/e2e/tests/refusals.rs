@@ -394,3 +394,96 @@ fn a_cni_plugin_that_fails_or_hangs_is_reported_and_rolled_back() -> Result<()> 
         Ok(())
     })
 }
+
+/// A small file system below a host's directory; unmounted at the end.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(path: std::path::PathBuf, bytes: u64) -> Result<Self> {
+        fs::create_dir_all(&path)?;
+        let options = format!("size={bytes}");
+        nix::mount::mount(
+            Some("small"),
+            &path,
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some(options.as_str()),
+        )?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        if let Err(error) = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH) {
+            eprintln!("{} stays mounted: {error}", self.0.display());
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_named_and_nothing_is_left_on_it() -> Result<()> {
+    let host = Host::enter()?;
+    let disk = SmallDisk::mount(host.dir().join("root"), 24 << 20)?;
+    let before = host.leftovers()?;
+    run(async {
+        let registry = Registry::start(&host.dir().join("registry")).await?;
+        // Zeroes are small on their way and large where they arrive.
+        let layer = Layer::default()
+            .file("zeroes", 0o644, &vec![0x55; 64 << 20])?
+            .gzip()?;
+        let large = registry.push("test/large", "1", &Image::new(vec![layer], &json!({})))?;
+        let small = registry.push("test/busybox", "1", &image::busybox()?)?;
+        let daemon = Daemon::start(&host, &Product::find()?, &[]).await?;
+        let mut cri = daemon.cri().await?;
+        refused(
+            cri.pull(&large).await,
+            Code::ResourceExhausted,
+            &["no space left", "root/images"],
+        )?;
+        ensure!(
+            cri.image(&large).await?.is_none(),
+            "an image that does not fit is listed"
+        );
+        for dir in ["images", "tmp"] {
+            let mut left = fs::read_dir(disk.0.join("images").join(dir))?;
+            ensure!(left.next().is_none(), "the pull left files in {dir}");
+        }
+        cri.pull(&small).await?;
+
+        let filler = disk.0.join("filler");
+        let fill = || -> Result<()> {
+            let mut file = fs::File::create(&filler)?;
+            while std::io::Write::write(&mut file, &[0; 4096]).is_ok_and(|written| written > 0) {}
+            Ok(())
+        };
+        let config = pod(&host, "full");
+        // At first there is no template of the pods' disks, later there is.
+        for _ in 0..2 {
+            fill()?;
+            refused(
+                cri.run_pod(&config).await,
+                Code::ResourceExhausted,
+                &["root", "space"],
+            )?;
+            ensure!(cri.pods().await?.is_empty(), "a pod that failed is listed");
+            fs::remove_file(&filler)?;
+            host.leftovers()?.nothing_new_since(&before)?;
+            let pod_id = cri.run_pod(&config).await?;
+            // A disk that fills up under a pod does not keep it from ending.
+            fill()?;
+            let id = cri
+                .run(&pod_id, &container("c", &small, &["sh", "-c", "exit 3"]), &config)
+                .await;
+            match id {
+                Ok(id) => ensure!(cri.exited(&id).await?.exit_code == 3),
+                Err(error) => ensure!(error.code() == Code::ResourceExhausted, "{error}"),
+            }
+            cri.stop_pod(&pod_id).await?;
+            cri.remove_pod(&pod_id).await?;
+            fs::remove_file(&filler)?;
+            host.leftovers()?.nothing_new_since(&before)?;
+        }
+        Ok(())
+    })
+}
