@@ -1,8 +1,9 @@
-//! What a container must not reach: the agent's vsock ports, from inside, however privileged.
+//! What a container must not reach: the agent's vsock ports, from inside, however privileged; and what is left to the processes of a VM
+//! that it has broken out of.
 
-use std::{fs, process::Command};
+use std::{collections::BTreeSet, fs, process::Command};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     cri::{container, pod},
     daemon::{Daemon, Product},
@@ -93,6 +94,83 @@ fn no_container_can_use_vsock_whether_privileged_or_not() -> Result<()> {
                 "{name}: {log}"
             );
         }
+        Ok(())
+    })
+}
+
+/// The user of a VM's process that is confined as every one must be.
+fn confined_user(pid: &str, network_of_daemon: &std::path::Path) -> Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    for line in [
+        "CapPrm:\t0000000000000000",
+        "CapEff:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+    ] {
+        ensure!(status.contains(line), "{pid}: {line:?} is not in {status}");
+    }
+    ensure!(
+        fs::read_link(format!("/proc/{pid}/ns/net"))? != network_of_daemon,
+        "process {pid} is in the daemon's network namespace"
+    );
+    let mut users = BTreeSet::new();
+    for name in ["Uid:", "Gid:"] {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        for id in line.context("no ids")?.split_ascii_whitespace() {
+            users.insert(id.parse()?);
+        }
+    }
+    ensure!(
+        users.len() == 1,
+        "process {pid} has several identities: {users:?}"
+    );
+    users.pop_first().context("no user")
+}
+
+#[test]
+fn a_vm_runs_as_a_user_of_its_own_without_capabilities() -> Result<()> {
+    let host = Host::enter()?;
+    run(async {
+        let before = host.leftovers()?.processes;
+        let mut daemon = Daemon::start(&host, &Product::find()?, &[]).await?;
+        let network = fs::read_link(format!("/proc/{}/ns/net", daemon.pid()))?;
+        let mut cri = daemon.cri().await?;
+        let mut users = BTreeSet::new();
+        let mut known = before.clone();
+        for name in ["first", "second"] {
+            cri.run_pod(&pod(&host, name)).await?;
+            let now = host.leftovers()?.processes;
+            let pids: Vec<_> = now
+                .difference(&known)
+                .filter_map(|process| process.split(' ').next())
+                .collect();
+            ensure!(pids.len() == 2, "QEMU and its vsock device: {pids:?}");
+            let mut of_pod = BTreeSet::new();
+            for pid in pids {
+                of_pod.insert(confined_user(pid, &network)?);
+            }
+            ensure!(of_pod.len() == 1, "one VM, several users: {of_pod:?}");
+            ensure!(
+                of_pod.first().is_some_and(|user| *user >= 65_536),
+                "a user that the node knows: {of_pod:?}"
+            );
+            ensure!(users.is_disjoint(&of_pod), "two VMs, one user: {of_pod:?}");
+            users.append(&mut of_pod);
+            known = now;
+        }
+
+        // A later daemon takes over what it could not have started as itself, and ends it.
+        daemon.kill()?;
+        daemon.start_again().await?;
+        let mut cri = daemon.cri().await?;
+        ensure!(host.leftovers()?.processes == known, "the VMs did not survive");
+        for pod in cri.pods().await? {
+            ensure!(pod.state == cri::PodSandboxState::SandboxReady as i32, "{pod:?}");
+            cri.stop_pod(&pod.id).await?;
+            cri.remove_pod(&pod.id).await?;
+        }
+        ensure!(host.leftovers()?.processes == before, "VMs are left");
         Ok(())
     })
 }
