@@ -18,6 +18,9 @@ use crate::{
 
 const DIRECTORY: &str = "/run/images";
 
+/// How long a disk may be listed and not yet there.
+const OPEN_BOUND: Duration = Duration::from_secs(5);
+
 /// How long a file system that nobody uses any more may take to say so.
 const UNMOUNT_BOUND: Duration = Duration::from_secs(1);
 
@@ -77,6 +80,19 @@ fn detach(place: &Path) -> io::Result<()> {
     fs::remove_dir(place)
 }
 
+/// A disk that has just been plugged in is listed before it can be opened: until then, it is "no such device or address".
+fn mount_disk(node: &Path, place: &Path) -> rustix::io::Result<()> {
+    let deadline = Instant::now() + OPEN_BOUND;
+    loop {
+        match mount(node, place, "erofs", MountFlags::RDONLY, None) {
+            Err(rustix::io::Errno::NXIO) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Where an image comes from.
 enum Source {
     Disk(PathBuf),
@@ -103,8 +119,9 @@ impl Source {
     fn mount(&self, serial: &str, place: &Path) -> Result<(), AgentError> {
         fs::create_dir_all(place).at(|| format!("creating {}", place.display()))?;
         match self {
-            Self::Disk(node) => mount(node, place, "erofs", MountFlags::RDONLY, None)
-                .at(|| format!("mounting image {serial} from {}", node.display())),
+            Self::Disk(node) => {
+                mount_disk(node, place).at(|| format!("mounting image {serial} from {}", node.display()))
+            }
             #[cfg(feature = "component-test")]
             Self::Directory(directory) => {
                 rustix::mount::mount_bind(directory, place).at(|| format!("binding image {serial}"))
