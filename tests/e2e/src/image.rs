@@ -203,10 +203,38 @@ pub fn debian_package(name: &str) -> Result<PathBuf> {
 
 /// Downloads what the images here are made of, while there is a network.
 pub fn fetch_packages() -> Result<()> {
-    for name in ["busybox", "libc6"] {
+    for name in ["busybox", "libc6"].iter().chain(&NETWORK_PACKAGES) {
         debian_package(name)?;
     }
     Ok(())
+}
+
+/// iptables, ip and tc, with the libraries that they need.
+const NETWORK_PACKAGES: [&str; 13] = [
+    "iptables",
+    "iproute2",
+    "libip4tc2",
+    "libip6tc2",
+    "libxtables12",
+    "libnftnl11",
+    "libmnl0",
+    "libbpf1",
+    "libelf1",
+    "libcap2",
+    "libbsd0",
+    "libmd0",
+    "zlib1g",
+];
+
+/// A layer with iptables (legacy and nft), ip and tc.
+pub fn network_layer() -> Result<Blob> {
+    let mut layer = Layer::default();
+    for name in NETWORK_PACKAGES {
+        layer = layer.package(&debian_package(name)?, |path| {
+            path.contains(".so") || path.contains("bin/")
+        })?;
+    }
+    layer.gzip()
 }
 
 /// Base layer: Debian's busybox with all its applets, libc6's libraries, three users.
