@@ -163,9 +163,9 @@ impl Network {
             });
         // Without a result an ADD has not come to its end; its plugin may still run when it was another daemon's.
         if entries.iter().any(|entry| entry.result.is_none()) {
-            let container = id.to_owned();
+            let (container, netns) = (id.to_owned(), netns.clone());
             let killed = blocking(move || {
-                strays::kill(&container).map_err(NetError::file("kill CNI plugins found in", "/proc"))
+                strays::kill(&container, &netns).map_err(NetError::file("kill CNI plugins found in", "/proc"))
             });
             failures.extend(killed.await.err());
         }

@@ -1,9 +1,9 @@
 //! Plugins that run on although the daemon that started them has died.
 //!
 //! A DEL beside an ADD that still runs would leave what the ADD makes after it. Plugins, and those they delegate to, are known by the
-//! CNI_CONTAINERID in their environment, which is unique to the pod.
+//! CNI_CONTAINERID and CNI_NETNS in their environment: an id may come again on another node of the same kernel, a path of ours not.
 
-use std::{fs, io, thread, time::Duration};
+use std::{fs, io, path::Path, thread, time::Duration};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -12,8 +12,11 @@ const ROUNDS: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Kills every process of a plugin that works for `container_id`, and waits until there is none.
-pub(crate) fn kill(container_id: &str) -> io::Result<()> {
-    let mark = format!("CNI_CONTAINERID={container_id}").into_bytes();
+pub(crate) fn kill(container_id: &str, netns: &Path) -> io::Result<()> {
+    let marks = [
+        format!("CNI_CONTAINERID={container_id}").into_bytes(),
+        format!("CNI_NETNS={}", netns.display()).into_bytes(),
+    ];
     for round in 0..ROUNDS {
         if round > 0 {
             thread::sleep(PAUSE);
@@ -28,7 +31,7 @@ pub(crate) fn kill(container_id: &str) -> io::Result<()> {
             else {
                 continue;
             };
-            found |= kill_if_marked(pid, &mark);
+            found |= kill_if_marked(pid, &marks);
         }
         if !found {
             return Ok(());
@@ -38,7 +41,7 @@ pub(crate) fn kill(container_id: &str) -> io::Result<()> {
 }
 
 /// Whether `pid` was one, and had not ended.
-fn kill_if_marked(pid: Pid, mark: &[u8]) -> bool {
+fn kill_if_marked(pid: Pid, marks: &[Vec<u8>]) -> bool {
     // The environment is read while the descriptor pins the process, so that no signal hits a stranger.
     let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {
         return false;
@@ -47,7 +50,8 @@ fn kill_if_marked(pid: Pid, mark: &[u8]) -> bool {
     let Ok(environment) = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())) else {
         return false;
     };
-    if !environment.split(|byte| *byte == 0).any(|entry| entry == mark) {
+    let has = |mark: &Vec<u8>| environment.split(|byte| *byte == 0).any(|entry| entry == mark);
+    if !marks.iter().all(has) {
         return false;
     }
     tracing::info!(
@@ -70,6 +74,7 @@ mod tests {
             Command::new("sleep")
                 .arg("1000")
                 .env("CNI_CONTAINERID", id)
+                .env("CNI_NETNS", "/n")
                 .spawn()
                 .unwrap()
         };
@@ -82,11 +87,11 @@ mod tests {
         {
             thread::yield_now();
         }
-        kill(&ours).unwrap();
+        kill(&ours, Path::new("/n")).unwrap();
         assert!(!marked.wait().unwrap().success());
         assert!(other.try_wait().unwrap().is_none());
         other.kill().unwrap();
         other.wait().unwrap();
-        kill(&ours).unwrap();
+        kill(&ours, Path::new("/n")).unwrap();
     }
 }
