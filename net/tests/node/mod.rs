@@ -94,7 +94,8 @@ impl Node {
         // The lock of iptables and all that a plugin keeps must be this node's own.
         run("mount", &["-t", "tmpfs", "none", "/run"]);
         run("ip", &["link", "set", "lo", "up"]);
-        let root = PathBuf::from("/run/node");
+        // Processes of plugins are known by its paths, and /proc is everybody's.
+        let root = PathBuf::from(format!("/run/node-{}", std::process::id()));
         let own = root.join("plugins");
         fs::create_dir_all(&own).unwrap();
         fs::create_dir_all(root.join("conf")).unwrap();
