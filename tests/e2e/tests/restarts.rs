@@ -25,6 +25,9 @@ use serde_json::json;
 /// How long the moment to kill at may take to come.
 const MOMENT_LIMIT: Duration = Duration::from_secs(30);
 
+/// Tells from what is on the host whether a moment has come.
+type Sign = fn(&Leftovers) -> bool;
+
 #[test]
 fn a_boot_that_a_killed_daemon_left_half_done_is_rolled_back_and_can_be_tried_again() -> Result<()> {
     let host = Host::enter()?;
@@ -32,7 +35,7 @@ fn a_boot_that_a_killed_daemon_left_half_done_is_rolled_back_and_can_be_tried_ag
     run(async {
         let mut daemon = Daemon::start(&host, &Product::find()?, &[]).await?;
         // The signs of how far a boot is, each later than the one above it.
-        let moments: [(&str, fn(&Leftovers) -> bool); 4] = [
+        let moments: [(&str, Sign); 4] = [
             ("its record is written", |now| !now.files.is_empty()),
             ("a CNI plugin has taken an address", |now| {
                 now.files.iter().any(|file| file.contains("/cni/leases/"))
