@@ -93,7 +93,7 @@ pub(crate) fn remove(guest: &Guest, request: &v1::RemoveExecRequest) -> Result<(
     let container = guest.container(&request.container_id)?;
     let process = container.exec(&request.exec_id)?;
     if process.ended().is_none() {
-        process.signal(9)?;
+        process.kill_group()?;
     }
     process.stdio.abandon();
     container.end_exec(&request.exec_id, None);

@@ -233,6 +233,11 @@ impl Process {
         signal::send(&self.pidfd, number)
     }
 
+    /// Kills it with what it has started and that has not left its group.
+    pub(crate) fn kill_group(&self) -> Result<(), AgentError> {
+        signal::kill_group(&self.pidfd)
+    }
+
     /// Sets the size of its terminal; false when it has none.
     pub(crate) fn resize(&self, columns: u16, rows: u16) -> io::Result<bool> {
         let terminal = self

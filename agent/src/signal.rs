@@ -1,7 +1,14 @@
 //! Signals to processes and to whole containers.
-#![expect(unsafe_code, reason = "real-time signals are outside rustix's safe names")]
+#![expect(
+    unsafe_code,
+    reason = "real-time signals, and signals to a group by pidfd, have no safe form"
+)]
 
-use std::os::fd::AsFd;
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+    ptr,
+};
 
 use rustix::{
     io::Errno,
@@ -37,6 +44,28 @@ pub(crate) fn send(pidfd: impl AsFd, number: u32) -> Result<(), AgentError> {
     }
 }
 
+/// The pidfd's process leads a group, and all of the group is meant (PIDFD_SIGNAL_PROCESS_GROUP of linux/pidfd.h, since 6.9).
+const PROCESS_GROUP: libc::c_uint = 1 << 2;
+
+/// Kills a process with all of its group: a command that has run too long is often a shell that waits for another.
+pub(crate) fn kill_group(leader: impl AsFd) -> Result<(), AgentError> {
+    // SAFETY: the descriptor is borrowed for the call, a null siginfo is allowed, and nothing is written.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            leader.as_fd().as_raw_fd(),
+            libc::SIGKILL,
+            ptr::null::<libc::siginfo_t>(),
+            PROCESS_GROUP,
+        )
+    };
+    match io::Error::last_os_error() {
+        _ if sent == 0 => Ok(()),
+        error if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        error => Err(error).at(|| "killing a process group"),
+    }
+}
+
 /// `SignalContainer`.
 pub(crate) fn container(guest: &Guest, request: &v1::SignalContainerRequest) -> Result<(), AgentError> {
     let container = guest.container(&request.container_id)?;
@@ -63,7 +92,11 @@ pub(crate) fn container(guest: &Guest, request: &v1::SignalContainerRequest) -> 
 /// `SignalExec`.
 pub(crate) fn exec(guest: &Guest, request: &v1::SignalExecRequest) -> Result<(), AgentError> {
     let container = guest.container(&request.container_id)?;
-    container.exec(&request.exec_id)?.signal(request.signal)
+    let process = container.exec(&request.exec_id)?;
+    if named(request.signal)? == Signal::KILL {
+        return process.kill_group();
+    }
+    process.signal(request.signal)
 }
 
 #[cfg(test)]

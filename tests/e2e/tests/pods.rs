@@ -422,16 +422,21 @@ fn containers_have_the_semantics_that_kubelet_relies_on() -> Result<()> {
             "{code} {stdout:?} {stderr:?}"
         );
         let error = cri
-            .exec_within(&sleeper, &["sleep", "100"], 1)
+            .exec_within(&sleeper, &["sh", "-c", "sleep 777; true"], 1)
             .await
             .err()
-            .context("sleep 100 ended within a second")?;
+            .context("sleep 777 ended within a second")?;
         ensure!(error.code() == tonic::Code::DeadlineExceeded, "{error}");
-        let (_, processes, _) = cri.exec(&sleeper, &["ps"]).await?;
-        ensure!(
-            !processes.contains("sleep 100\n"),
-            "the command outlived its deadline: {processes}"
-        );
+        let mut watcher = cri.clone();
+        eventually(
+            "the end of the command and its child",
+            Duration::from_secs(20),
+            async || {
+                let (_, processes, _) = watcher.exec(&sleeper, &["ps"]).await.ok()?;
+                (!processes.contains("sleep 777")).then_some(())
+            },
+        )
+        .await?;
         ensure!(cri.exec(&sleeper, &["no-such-program"]).await.is_err());
         let big = cri
             .exec(&sleeper, &["sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' x"])
