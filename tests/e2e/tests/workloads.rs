@@ -21,7 +21,7 @@ const PROBE: &str = include_str!("workloads/probe.c");
 const FEATURES: [(&str, &str); 27] = [
     (
         "bridge",
-        "ip link add br0 type bridge vlan_filtering 1 && brctl show | grep br0",
+        "brctl addbr br0 && ip link set br0 type bridge vlan_filtering 1",
     ),
     (
         "veth",
