@@ -329,9 +329,9 @@ fn containers_have_the_semantics_that_kubelet_relies_on() -> Result<()> {
         );
         let mut config = sh(
             "masked",
-            "cat /proc/kcore | wc -c; echo 1 > /proc/sys/kernel/sysrq; ls /proc/acpi | wc -l; cat /proc/sys/net/ipv4/ip_unprivileged_port_start",
+            "cat /proc/timer_list | wc -c; echo 1 > /proc/sys/kernel/pid_max; ls /proc/acpi | wc -l; cat /proc/sys/net/ipv4/ip_unprivileged_port_start",
         );
-        security(&mut config).masked_paths = vec!["/proc/kcore".into(), "/proc/acpi".into()];
+        security(&mut config).masked_paths = vec!["/proc/timer_list".into(), "/proc/acpi".into()];
         security(&mut config).readonly_paths = vec!["/proc/sys".into()];
         let (_, log) = check!(config);
         ensure!(
