@@ -49,7 +49,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
 /// Crates that only some rooms may use, because knowing them means knowing too much.
 const RESERVED: &[(&str, &[&str])] = &[
     ("rtnetlink", &["caisson-net"]),
-    ("oci-client", &["caisson-image"]),
+    ("reqwest", &["caisson-image"]),
     ("k8s-cri", &["caisson-e2e"]),
     // The vhost-user framework hands its rings over in this crate's types.
     ("virtio-queue", &["caisson-devices", "caisson-vhost-vsock"]),
