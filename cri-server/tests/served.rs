@@ -290,8 +290,8 @@ async fn a_refused_pod_leaves_nothing_and_says_what_is_wrong() {
                 runtime_handler: String::new(),
             })
             .await,
-        Code::Internal,
-        "cni",
+        Code::FailedPrecondition,
+        "no CNI network configuration",
     );
     let pods = runtime
         .list_pod_sandbox(v1::ListPodSandboxRequest::default())
