@@ -59,7 +59,7 @@ e2e: build guest crictl
 
 e2e-tuned: build guest-tuned crictl
 	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
-		$(CARGO) test --release -p caisson-e2e --test pods --test logs --test isolation --test workloads -- --test-threads=1
+		$(CARGO) test --release -p caisson-e2e --test pods --test containers --test logs --test isolation --test workloads -- --test-threads=1
 
 test:
 	@./tests/all.sh

@@ -71,6 +71,15 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> cri::ContainerCon
     }
 }
 
+/// The security context of a container to create, made when there is none.
+pub fn security(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerSecurityContext {
+    config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
+}
+
 impl Cri {
     /// Connects to a socket; fails when nobody listens.
     pub async fn connect(socket: &Path) -> Result<Self> {

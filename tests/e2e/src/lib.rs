@@ -7,6 +7,7 @@ pub mod cri;
 pub mod daemon;
 pub mod host;
 pub mod image;
+pub mod node;
 pub mod registry;
 
 use std::{

@@ -4,11 +4,10 @@ use std::{fmt::Write as _, fs, process::Command};
 
 use anyhow::{Result, ensure};
 use caisson_e2e::{
-    cri::{Cri, container, pod},
-    daemon::{Daemon, Product},
+    cri::{container, pod, security},
     host::{Host, command},
     image::{self, Image, Layer},
-    registry::Registry,
+    node::{Node, node, node_with},
     run,
 };
 use k8s_cri::v1 as cri;
@@ -102,27 +101,6 @@ const REDIRECT: &str = "\
     && IPT -A INPUT -m conntrack --ctstate INVALID -j DROP \
     && wget -q -O - http://127.0.0.1:PORT/";
 
-struct Node {
-    cri: Cri,
-    image: String,
-    _daemon: Daemon,
-    _registry: Registry,
-}
-
-async fn node(host: &Host, image: &Image) -> Result<Node> {
-    let registry = Registry::start(&host.dir().join("registry")).await?;
-    let image = registry.push("test/workload", "1", image)?;
-    let daemon = Daemon::start(host, &Product::find()?, &[]).await?;
-    let mut cri = daemon.cri().await?;
-    cri.pull(&image).await?;
-    Ok(Node {
-        cri,
-        image,
-        _daemon: daemon,
-        _registry: registry,
-    })
-}
-
 fn privileged_pod(host: &Host, name: &str) -> cri::PodSandboxConfig {
     let mut config = pod(host, name);
     config.linux.get_or_insert_default().security_context = Some(cri::LinuxSandboxSecurityContext {
@@ -130,14 +108,6 @@ fn privileged_pod(host: &Host, name: &str) -> cri::PodSandboxConfig {
         ..Default::default()
     });
     config
-}
-
-fn security(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerSecurityContext {
-    config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default()
 }
 
 fn workload_image(host: &Host) -> Result<Image> {
@@ -167,9 +137,9 @@ fn the_tuned_kernel_has_what_workloads_take_for_granted() -> Result<()> {
         let Node {
             mut cri,
             image,
-            _daemon,
-            _registry,
-        } = node(&host, &workload_image(&host)?).await?;
+            daemon: _daemon,
+            registry: _registry,
+        } = node_with(&host, "test/workload", &workload_image(&host)?).await?;
         let config = privileged_pod(&host, "workloads");
         let pod_id = cri.run_pod(&config).await?;
         let mut all = container("all", &image, &["httpd", "-f", "-p", "9090", "-h", "/www"]);
@@ -227,9 +197,9 @@ fn an_image_s_volume_is_seeded_and_can_hold_an_overlay() -> Result<()> {
         let Node {
             mut cri,
             image,
-            _daemon,
-            _registry,
-        } = node(&host, &image).await?;
+            daemon: _daemon,
+            registry: _registry,
+        } = node_with(&host, "test/workload", &image).await?;
         let config = privileged_pod(&host, "volumes");
         let pod_id = cri.run_pod(&config).await?;
         let mut docker = container("docker", &image, &["sleep", "1000"]);
@@ -261,9 +231,9 @@ fn a_container_that_takes_all_memory_is_killed_and_its_pod_lives() -> Result<()>
         let Node {
             mut cri,
             image,
-            _daemon,
-            _registry,
-        } = node(&host, &image::busybox()?).await?;
+            daemon: _daemon,
+            registry: _registry,
+        } = node(&host).await?;
         let config = pod(&host, "memory");
         let pod_id = cri.run_pod(&config).await?;
         let bystander = cri
@@ -292,9 +262,9 @@ fn stdin_and_terminals_behave_as_asked() -> Result<()> {
         let Node {
             mut cri,
             image,
-            _daemon,
-            _registry,
-        } = node(&host, &image::busybox()?).await?;
+            daemon: _daemon,
+            registry: _registry,
+        } = node(&host).await?;
         let config = pod(&host, "stdin");
         let pod_id = cri.run_pod(&config).await?;
         // Without stdin: the end at once. With stdin and nobody attached: it waits.
