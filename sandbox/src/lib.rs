@@ -41,7 +41,7 @@ use cgroup::Cgroups;
 use journal::{Journal, PodPhase, PodRecord};
 use registry::{Handle, Node, Outcome, Registry, Reply, Request, Terminate};
 
-pub use caisson_agent_api::v1 as guest;
+pub use caisson_agent_api::{capabilities, v1 as guest};
 pub use error::{ErrorKind, SandboxError};
 pub use networks::PodNetworks;
 

@@ -2,6 +2,7 @@
 //!
 //! Owns the messages and their framing. Must not know how either side does its work: no sockets, no processes, no CRI.
 
+pub mod capabilities;
 pub mod stream;
 
 /// Messages, client (feature `client`) and server (feature `server`) of `caisson.agent.v1`, generated from `proto/agent.proto`.

@@ -1,6 +1,6 @@
 //! What the process may do: resource limits, capabilities, user and groups.
 
-use caisson_agent_api::v1;
+use caisson_agent_api::{capabilities::number, v1};
 use rustix::{
     fs::{Gid, Uid},
     io::Errno,
@@ -14,51 +14,6 @@ use rustix::{
 
 use super::{At, StageError};
 use crate::stage_spec::Identity;
-
-/// All capabilities by number, as linux/capability.h names them.
-pub(crate) const CAPABILITY_NAMES: [&str; 41] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_DAC_READ_SEARCH",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_SETGID",
-    "CAP_SETUID",
-    "CAP_SETPCAP",
-    "CAP_LINUX_IMMUTABLE",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_BROADCAST",
-    "CAP_NET_ADMIN",
-    "CAP_NET_RAW",
-    "CAP_IPC_LOCK",
-    "CAP_IPC_OWNER",
-    "CAP_SYS_MODULE",
-    "CAP_SYS_RAWIO",
-    "CAP_SYS_CHROOT",
-    "CAP_SYS_PTRACE",
-    "CAP_SYS_PACCT",
-    "CAP_SYS_ADMIN",
-    "CAP_SYS_BOOT",
-    "CAP_SYS_NICE",
-    "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME",
-    "CAP_SYS_TTY_CONFIG",
-    "CAP_MKNOD",
-    "CAP_LEASE",
-    "CAP_AUDIT_WRITE",
-    "CAP_AUDIT_CONTROL",
-    "CAP_SETFCAP",
-    "CAP_MAC_OVERRIDE",
-    "CAP_MAC_ADMIN",
-    "CAP_SYSLOG",
-    "CAP_WAKE_ALARM",
-    "CAP_BLOCK_SUSPEND",
-    "CAP_AUDIT_READ",
-    "CAP_PERFMON",
-    "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
-];
 
 const RLIMITS: [(&str, Resource); 16] = [
     ("RLIMIT_AS", Resource::As),
@@ -83,8 +38,7 @@ const RLIMITS: [(&str, Resource); 16] = [
 pub(crate) fn capability_set(names: &[String]) -> Result<CapabilitySet, String> {
     let mut set = CapabilitySet::empty();
     for name in names {
-        let number = CAPABILITY_NAMES.iter().position(|known| known == name);
-        set |= number.map_or(Err(name.clone()), |bit| {
+        set |= number(name).map_or(Err(name.clone()), |bit| {
             Ok(CapabilitySet::from_bits_retain(1 << bit))
         })?;
     }
