@@ -3,6 +3,7 @@
 #   make demo     a real pod in a real VM, from nothing; about 6 minutes the first time
 #   make test     every test, end to end ones included
 #   make check    formatting and lints
+#   make critest  cri-tools' conformance tests, judged by docs/conformance.md; CRITEST='--focus REGEXP' for some of them
 #   make bench    figures for docs/performance.md
 #   make run      caissond in the foreground, state below /tmp/caisson, its own bridge network for pods
 #   make registry a registry in the foreground on 127.0.0.1:5000 that holds demo/busybox:1
@@ -17,7 +18,7 @@ GUEST := guest/out
 RUN ?= /tmp/caisson
 CARGO ?= cargo
 
-.PHONY: help setup build agent guest guest-tuned demo test unit e2e e2e-tuned check bench run registry crictl
+.PHONY: help setup build agent guest guest-tuned demo test unit e2e e2e-tuned check bench run registry crictl critest
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -79,3 +80,8 @@ registry: build
 
 crictl: setup
 	@./tests/peers.sh $(CAISSON_CACHE)/bin crictl
+
+critest: build guest-tuned
+	@./tests/peers.sh $(CAISSON_CACHE)/bin critest
+	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
+		./target/release/critest --report target/critest $(CRITEST)

@@ -14,7 +14,7 @@ use flate2::{Compression, write::GzEncoder};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::host::text;
+use crate::{cache, host::text};
 
 /// A layer as a registry holds it.
 #[derive(Debug, Clone)]
@@ -88,6 +88,13 @@ impl Layer {
     /// Adds a symbolic link.
     pub fn symlink(mut self, path: &str, target: &str) -> Result<Self> {
         let mut header = Self::header(tar::EntryType::Symlink, 0o777, 0);
+        self.tar.append_link(&mut header, path, target)?;
+        Ok(self)
+    }
+
+    /// Adds another name of a file that is in the layer.
+    pub fn hard_link(mut self, path: &str, target: &str) -> Result<Self> {
+        let mut header = Self::header(tar::EntryType::Link, 0o755, 0);
         self.tar.append_link(&mut header, path, target)?;
         Ok(self)
     }
@@ -174,11 +181,7 @@ impl Image {
 
 /// Debian's packages of this name, downloaded once into the cache directory.
 pub fn debian_package(name: &str) -> Result<PathBuf> {
-    let cache = std::env::var_os("CAISSON_CACHE").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/caisson"),
-        PathBuf::from,
-    );
-    let dir = cache.join("debs").join(name);
+    let dir = cache().join("debs").join(name);
     let held = || -> Option<PathBuf> {
         fs::read_dir(&dir)
             .ok()?
@@ -203,7 +206,11 @@ pub fn debian_package(name: &str) -> Result<PathBuf> {
 
 /// Downloads what the images here are made of, while there is a network.
 pub fn fetch_packages() -> Result<()> {
-    for name in ["busybox", "libc6"].iter().chain(&NETWORK_PACKAGES) {
+    for name in ["busybox", "libc6"]
+        .iter()
+        .chain(&NETWORK_PACKAGES)
+        .chain(&crate::critest_images::NGINX_PACKAGES)
+    {
         debian_package(name)?;
     }
     Ok(())
@@ -263,7 +270,7 @@ pub fn busybox_layer() -> Result<Blob> {
 }
 
 /// What this busybox can be called as.
-fn applets(busybox: &Path) -> Result<Vec<String>> {
+pub(crate) fn applets(busybox: &Path) -> Result<Vec<String>> {
     let dir = tempfile::tempdir()?;
     text(Command::new("dpkg-deb").arg("-x").arg(busybox).arg(dir.path()))?;
     let names = text(Command::new(dir.path().join("bin/busybox")).arg("--list"))?;

@@ -4,6 +4,7 @@
 //! product's crates: an error in them would hide in both places.
 
 pub mod cri;
+pub mod critest_images;
 pub mod daemon;
 pub mod host;
 pub mod image;
@@ -23,6 +24,15 @@ pub fn checkout() -> PathBuf {
         .and_then(|tests| tests.parent())
         .map(PathBuf::from)
         .unwrap_or(here)
+}
+
+/// Where slow things are kept between runs: CAISSON_CACHE, or ~/.cache/caisson.
+#[must_use]
+pub fn cache() -> PathBuf {
+    std::env::var_os("CAISSON_CACHE").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/caisson"),
+        PathBuf::from,
+    )
 }
 
 /// Waits until `condition` answers something, asking often at first; the error says what was waited for.

@@ -16,9 +16,30 @@ use crate::{
     image::{Image, digest},
 };
 
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+/// The media types that an image is pushed with.
+#[derive(Debug, Clone, Copy)]
+pub struct Format {
+    manifest: &'static str,
+    config: &'static str,
+    layer: &'static str,
+    index: &'static str,
+}
+
+/// OCI image specification.
+pub const OCI: Format = Format {
+    manifest: "application/vnd.oci.image.manifest.v1+json",
+    config: "application/vnd.oci.image.config.v1+json",
+    layer: "application/vnd.oci.image.layer.v1.tar+gzip",
+    index: "application/vnd.oci.image.index.v1+json",
+};
+
+/// Docker image manifest version 2, schema 2.
+pub const DOCKER: Format = Format {
+    manifest: "application/vnd.docker.distribution.manifest.v2+json",
+    config: "application/vnd.docker.container.image.v1+json",
+    layer: "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    index: "application/vnd.docker.distribution.manifest.list.v2+json",
+};
 
 /// A running registry; ends with this value.
 #[derive(Debug)]
@@ -78,6 +99,35 @@ impl Registry {
 
     /// Pushes an image as `name:tag`; answers its full reference.
     pub fn push(&self, name: &str, tag: &str, image: &Image) -> Result<String> {
+        self.push_as(&OCI, name, tag, image)?;
+        Ok(self.reference(&format!("{name}:{tag}")))
+    }
+
+    /// Pushes an image in this format under `tag`, which may be a digest; answers its manifest's digest.
+    pub fn push_as(&self, format: &Format, name: &str, tag: &str, image: &Image) -> Result<String> {
+        let manifest = self.push_content(format, name, image)?;
+        self.push_manifest(name, tag, format.manifest, &manifest)
+    }
+
+    /// Pushes an index of the same image for two platforms, arm64 first; answers the index's digest.
+    pub fn push_index(&self, format: &Format, name: &str, tag: &str, image: &Image) -> Result<String> {
+        let mut entries = Vec::new();
+        for architecture in ["arm64", "amd64"] {
+            let mut image = image.clone();
+            image.config["architecture"] = architecture.into();
+            let manifest = self.push_content(format, name, &image)?;
+            let digest = self.push_manifest(name, &digest(&manifest), format.manifest, &manifest)?;
+            entries.push(json!({
+                "mediaType": format.manifest, "digest": digest, "size": manifest.len(),
+                "platform": { "architecture": architecture, "os": "linux" },
+            }));
+        }
+        let index = json!({ "schemaVersion": 2, "mediaType": format.index, "manifests": entries });
+        self.push_manifest(name, tag, format.index, &serde_json::to_vec(&index)?)
+    }
+
+    /// Pushes layers and config; answers the manifest.
+    fn push_content(&self, format: &Format, name: &str, image: &Image) -> Result<Vec<u8>> {
         let config = serde_json::to_vec(&image.config)?;
         self.push_blob(name, &config)?;
         for layer in &image.layers {
@@ -86,19 +136,23 @@ impl Registry {
         let layers: Vec<_> = image
             .layers
             .iter()
-            .map(|layer| json!({ "mediaType": LAYER, "digest": layer.digest, "size": layer.bytes.len() }))
+            .map(|layer| json!({ "mediaType": format.layer, "digest": layer.digest, "size": layer.bytes.len() }))
             .collect();
         let manifest = json!({
-            "schemaVersion": 2, "mediaType": MANIFEST,
-            "config": { "mediaType": CONFIG, "digest": digest(&config), "size": config.len() },
+            "schemaVersion": 2, "mediaType": format.manifest,
+            "config": { "mediaType": format.config, "digest": digest(&config), "size": config.len() },
             "layers": layers,
         });
+        Ok(serde_json::to_vec(&manifest)?)
+    }
+
+    fn push_manifest(&self, name: &str, tag: &str, media_type: &str, manifest: &[u8]) -> Result<String> {
         let url = format!("http://{}/v2/{name}/manifests/{tag}", self.address);
         let answer = ureq::put(&url)
-            .header("Content-Type", MANIFEST)
-            .send(serde_json::to_vec(&manifest)?.as_slice())?;
+            .header("Content-Type", media_type)
+            .send(manifest)?;
         ensure!(answer.status() == 201, "PUT {url} answered {}", answer.status());
-        Ok(self.reference(&format!("{name}:{tag}")))
+        Ok(digest(manifest))
     }
 
     fn push_blob(&self, name: &str, bytes: &[u8]) -> Result<()> {

@@ -1,0 +1,227 @@
+//! `make critest`: critest against the real daemon on a scratch host, judged by docs/conformance.md.
+//!
+//! ```text
+//! critest [--focus REGEXP] [--skip REGEXP] [--benchmark] [--report DIRECTORY] [-- CRITEST-FLAGS...]
+//! ```
+//! Fails on every spec that fails and is not listed there, and on every listed one that passes: the list may not grow old.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use caisson_e2e::{
+    cache, checkout, critest_images,
+    daemon::{Daemon, Product},
+    host::Host,
+    registry::Registry,
+    run,
+};
+use serde_json::Value;
+
+/// The one port that the images' mirrors name.
+const REGISTRY_PORT: u16 = 5000;
+
+#[derive(Default)]
+struct Arguments {
+    report: Option<PathBuf>,
+    partial: bool,
+    critest: Vec<String>,
+}
+
+fn main() -> Result<()> {
+    let arguments = arguments()?;
+    let product = Product::find()?;
+    let program =
+        std::env::var_os("CAISSON_CRITEST").map_or_else(|| cache().join("bin/critest"), PathBuf::from);
+    ensure!(
+        program.exists(),
+        "{} is missing: run `make critest`",
+        program.display()
+    );
+    let exceptions = exceptions()?;
+    let host = Host::enter()?;
+    let outcome = run(async {
+        let registry = Registry::start_at(&host.dir().join("registry"), REGISTRY_PORT).await?;
+        let digest = critest_images::push_all(&registry)?;
+        let program = with_digest(&program, &digest, host.dir())?;
+        let config = host.dir().join("config.toml");
+        fs::write(&config, mirrors())?;
+        let config = config.display().to_string();
+        let mut daemon = Daemon::start(&host, &product, &["--config", &config]).await?;
+        let before = host.leftovers()?;
+        let report = judge(&program, &daemon.socket(), &arguments, host.dir())?;
+        if let Some(directory) = &arguments.report {
+            fs::create_dir_all(directory)?;
+            for (file, name) in [
+                (report.clone(), "critest.json"),
+                (host.dir().join("junit.xml"), "junit.xml"),
+                (host.dir().join("caissond.log"), "caissond.log"),
+            ] {
+                fs::copy(&file, directory.join(name))
+                    .with_context(|| format!("cannot copy {}", file.display()))?;
+            }
+        }
+        let left = host.leftovers()?.nothing_new_since(&before);
+        daemon.terminate().await?;
+        Ok((report, left))
+    });
+    let (report, left) = outcome?;
+    verdict(&report, &exceptions, arguments.partial)?;
+    left
+}
+
+fn arguments() -> Result<Arguments> {
+    let mut parsed = Arguments::default();
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        match word.as_str() {
+            "--focus" | "--skip" => {
+                parsed.partial = true;
+                parsed
+                    .critest
+                    .push(format!("-ginkgo.{}={}", &word[2..], value()?));
+            }
+            "--report" => parsed.report = Some(value()?.into()),
+            "--benchmark" => {
+                parsed.partial = true;
+                parsed
+                    .critest
+                    .extend(["-benchmark".into(), "-ginkgo.focus=benchmark".into()]);
+            }
+            "--" => parsed.critest.extend(words.by_ref()),
+            _ => bail!("unknown argument {word:?}"),
+        }
+    }
+    Ok(parsed)
+}
+
+/// critest asks for one image by the digest that the original has, which nobody can rebuild; the copy asks for ours.
+fn with_digest(program: &Path, digest: &str, dir: &Path) -> Result<PathBuf> {
+    const BEFORE: &[u8] = b"test-image-digest@sha256:";
+    let hex = digest
+        .strip_prefix("sha256:")
+        .context("a digest of another kind")?;
+    let mut bytes = fs::read(program)?;
+    let at = bytes
+        .windows(BEFORE.len())
+        .position(|window| window == BEFORE)
+        .context("critest no longer asks for test-image-digest by digest")?
+        + BEFORE.len();
+    bytes
+        .get_mut(at..at + hex.len())
+        .context("critest is cut off")?
+        .copy_from_slice(hex.as_bytes());
+    let copy = dir.join("critest");
+    fs::write(&copy, bytes)?;
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+    Ok(copy)
+}
+
+/// Configuration: every registry that critest names is mirrored by ours.
+fn mirrors() -> String {
+    let entries = critest_images::REGISTRIES
+        .map(|registry| format!("{registry:?} = [\"http://127.0.0.1:{REGISTRY_PORT}\"]\n"));
+    format!("[images.mirrors]\n{}", entries.concat())
+}
+
+/// Runs critest, its output as it comes; answers its report.
+fn judge(program: &Path, socket: &Path, arguments: &Arguments, dir: &Path) -> Result<PathBuf> {
+    let endpoint = format!("unix://{}", socket.display());
+    let report = dir.join("critest.json");
+    let began = Instant::now();
+    let status = Command::new(program)
+        .current_dir(dir)
+        .args(["-runtime-endpoint", &endpoint, "-image-endpoint", &endpoint])
+        .args([
+            "-ginkgo.no-color",
+            "-ginkgo.timeout=2h",
+            "-ginkgo.poll-progress-after=5m",
+        ])
+        .arg(format!("-ginkgo.json-report={}", report.display()))
+        .arg(format!(
+            "-ginkgo.junit-report={}",
+            dir.join("junit.xml").display()
+        ))
+        .args(&arguments.critest)
+        .stdin(Stdio::null())
+        .status()?;
+    println!(
+        "critest ended with {status} after {} s",
+        began.elapsed().as_secs()
+    );
+    ensure!(report.exists(), "critest ended with {status} and wrote no report");
+    Ok(report)
+}
+
+/// The specs that docs/conformance.md says cannot pass: its lines that begin with "- `".
+fn exceptions() -> Result<BTreeSet<String>> {
+    let path = checkout().join("docs/conformance.md");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("- `")?
+                .split_once('`')
+                .map(|(spec, _)| spec.to_owned())
+        })
+        .collect())
+}
+
+fn verdict(report: &Path, exceptions: &BTreeSet<String>, partial: bool) -> Result<()> {
+    let report: Value = serde_json::from_slice(&fs::read(report)?)?;
+    let mut passed = BTreeSet::new();
+    let mut failed = BTreeSet::new();
+    let mut skipped = 0;
+    let specs = report[0]["SpecReports"]
+        .as_array()
+        .context("a report without specs")?;
+    for spec in specs.iter().filter(|spec| spec["LeafNodeType"] == "It") {
+        let words: Vec<&str> = spec["ContainerHierarchyTexts"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .chain([&spec["LeafNodeText"]])
+            .filter_map(Value::as_str)
+            .collect();
+        let name = words.join(" ");
+        match spec["State"].as_str() {
+            Some("passed") => drop(passed.insert(name)),
+            Some("skipped" | "pending") => skipped += 1,
+            _ => drop(failed.insert(name)),
+        }
+    }
+    println!(
+        "{} passed, {} failed, {skipped} skipped",
+        passed.len(),
+        failed.len()
+    );
+    let unexpected: Vec<_> = failed.difference(exceptions).cloned().collect();
+    ensure!(
+        unexpected.is_empty(),
+        "failed, and not in docs/conformance.md:\n  {}",
+        unexpected.join("\n  ")
+    );
+    let outgrown: Vec<_> = exceptions.intersection(&passed).cloned().collect();
+    ensure!(
+        outgrown.is_empty(),
+        "listed in docs/conformance.md, but they pass:\n  {}",
+        outgrown.join("\n  ")
+    );
+    ensure!(!passed.is_empty(), "no spec was run");
+    if !partial {
+        let unknown: Vec<_> = exceptions.difference(&failed).cloned().collect();
+        ensure!(
+            unknown.is_empty(),
+            "listed in docs/conformance.md, but not run:\n  {}",
+            unknown.join("\n  ")
+        );
+    }
+    Ok(())
+}
