@@ -7,7 +7,8 @@ use std::{
     fs,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{SeekFrom, copy_file_range, ftruncate, ioctl_ficlone, seek};
@@ -19,6 +20,9 @@ pub(crate) const SERIAL: &str = "scratch";
 
 /// Changes when the options of mkfs change.
 const LAYOUT: u32 = 1;
+
+/// Making a file system writes a few megabytes; a disk that takes longer is no disk to run pods on.
+const MKFS_LIMIT: Duration = Duration::from_secs(60);
 
 /// Makes the template for `bytes` unless it is there. Blocking.
 pub(crate) fn template(root: &Path, bytes: u64) -> Result<PathBuf, SandboxError> {
@@ -83,7 +87,10 @@ fn make(path: &Path, bytes: u64) -> Result<(), SandboxError> {
         )
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .and_then(|child| output_within(child, MKFS_LIMIT))
         .map_err(SandboxError::io("run mkfs.ext4 (package e2fsprogs)"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
@@ -96,6 +103,41 @@ fn make(path: &Path, bytes: u64) -> Result<(), SandboxError> {
         });
     }
     file.sync_all().map_err(SandboxError::io(what()))
+}
+
+/// What a program printed, once it has ended; one that takes too long is killed.
+fn output_within(mut child: Child, limit: Duration) -> std::io::Result<Output> {
+    let wait = || -> std::io::Result<bool> {
+        let pid = i32::try_from(child.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+            .ok_or(std::io::ErrorKind::InvalidInput)?;
+        let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+        let end = Instant::now() + limit;
+        loop {
+            let left = rustix::event::Timespec::try_from(end.saturating_duration_since(Instant::now()))
+                .map_err(std::io::Error::other)?;
+            let mut fds = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
+            match rustix::event::poll(&mut fds, Some(&left)) {
+                Ok(ended) => return Ok(ended > 0),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    };
+    let ended = wait();
+    if !matches!(ended, Ok(true)) {
+        child.kill()?;
+    }
+    let output = child.wait_with_output()?;
+    if ended? {
+        Ok(output)
+    } else {
+        Err(std::io::Error::new(
+            std::io::ErrorKind::TimedOut,
+            format!("it did not end within {} s and was killed", limit.as_secs()),
+        ))
+    }
 }
 
 /// Copies the template to `path`, which must not exist. Blocking.
@@ -169,6 +211,22 @@ mod tests {
             check.status.success(),
             "{}",
             String::from_utf8_lossy(&check.stdout)
+        );
+    }
+
+    #[test]
+    fn a_program_that_does_not_end_is_killed_at_its_deadline() {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = PathBuf::from(format!("/proc/{}", child.id()));
+        let error = output_within(child, Duration::from_millis(10)).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut, "{error}");
+        assert!(!process.exists());
+        let child = Command::new("true").spawn().unwrap();
+        assert!(
+            output_within(child, Duration::from_secs(60))
+                .unwrap()
+                .status
+                .success()
         );
     }
 

@@ -4,13 +4,18 @@ use std::path::Path;
 
 use anyhow::Result;
 use caisson_e2e::{image, registry::Registry, run};
+use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> Result<()> {
     run(async {
         let registry = Registry::start_at(Path::new("/tmp/caisson/registry"), 5000).await?;
         let reference = registry.push("demo/busybox", "1", &image::busybox()?)?;
         println!("{reference} is there; end with Ctrl-C");
-        tokio::signal::ctrl_c().await?;
+        let mut told = signal(SignalKind::terminate())?;
+        tokio::select! {
+            interrupted = tokio::signal::ctrl_c() => interrupted?,
+            _ = told.recv() => {}
+        }
         Ok(())
     })
 }
