@@ -10,7 +10,10 @@ use std::{
 use caisson_agent_api::v1::Resources;
 use rustix::fs::{Mode, OFlags};
 
-use crate::error::{AgentError, At};
+use crate::{
+    console::complain,
+    error::{AgentError, At, chain},
+};
 
 const ROOT: &str = "/sys/fs/cgroup";
 const POD: &str = "/sys/fs/cgroup/pod";
@@ -36,6 +39,37 @@ impl Cgroup {
         Self {
             path: Path::new(POD).join(id),
         }
+    }
+
+    /// The cgroup above all containers.
+    pub(crate) fn pod() -> Self {
+        Self {
+            path: PathBuf::from(POD),
+        }
+    }
+
+    /// Content of one of its files; `None` when there is no such file.
+    pub(crate) fn read(&self, file: &str) -> Option<String> {
+        fs::read_to_string(self.path.join(file)).ok()
+    }
+
+    /// Moves the limits from `old` to `new`: only what differs is written, and when something is refused, what was written before it is put
+    /// back.
+    pub(crate) fn change(&self, old: &Resources, new: &Resources) -> Result<(), AgentError> {
+        let mut done: Vec<(String, String)> = Vec::new();
+        for (file, value) in changes(old, new)? {
+            let before = self.read(&file);
+            if let Err(error) = self.write(&file, &value) {
+                for (file, before) in done.iter().rev() {
+                    if let Err(left) = self.write(file, before) {
+                        complain(&format!("taking back a limit: {}", chain(&left)));
+                    }
+                }
+                return Err(error);
+            }
+            done.extend(before.map(|before| (file, before.trim().to_owned())));
+        }
+        Ok(())
     }
 
     /// Makes it, with `limits`.
@@ -172,11 +206,32 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 }
 
 /// A counter of a flat keyed file.
-fn event(text: &str, name: &str) -> u64 {
+pub(crate) fn event(text: &str, name: &str) -> u64 {
     let value = text
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
+/// What is to be written to move from `old` limits to `new` ones. Pure.
+fn changes(old: &Resources, new: &Resources) -> Result<Vec<(String, String)>, AgentError> {
+    let (old, new) = (settings(old)?, settings(new)?);
+    let gone = old
+        .iter()
+        .filter(|(file, _)| !new.iter().any(|(kept, _)| kept == file))
+        .filter_map(|(file, _)| Some((file.clone(), unlimited(file)?.to_owned())));
+    let set = new.iter().filter(|setting| !old.contains(setting)).cloned();
+    Ok(gone.chain(set).collect())
+}
+
+/// What a file of ours says without a limit; `None` for those that the request named itself.
+fn unlimited(file: &str) -> Option<&'static str> {
+    match file {
+        "cpu.weight" => Some("100"),
+        "cpu.max" | "memory.max" | "memory.swap.max" | "pids.max" => Some("max"),
+        file if file.starts_with("hugetlb.") => Some("max"),
+        _ => None,
+    }
 }
 
 /// Which values go into which files. Pure.
@@ -304,6 +359,27 @@ mod tests {
                 pair("memory.high", "1000"),
             ]
         );
+    }
+
+    #[test]
+    fn only_what_differs_is_written_and_what_is_gone_is_lifted() {
+        let old = Resources {
+            cpu_quota_micros: 50_000,
+            cpu_shares: 512,
+            memory_limit_bytes: 1 << 20,
+            unified: [("memory.high".to_owned(), "1000".to_owned())].into(),
+            ..Resources::default()
+        };
+        let new = Resources {
+            cpu_shares: 1024,
+            cpu_quota_micros: 0,
+            ..old.clone()
+        };
+        assert_eq!(
+            changes(&old, &new).unwrap(),
+            [pair("cpu.max", "max"), pair("cpu.weight", "39")]
+        );
+        assert!(changes(&old, &old).unwrap().is_empty());
     }
 
     #[test]

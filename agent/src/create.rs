@@ -161,11 +161,16 @@ pub(crate) fn check_process(process: &v1::Process) -> Result<(), AgentError> {
             ));
         }
     }
-    if !(-1000..=1000).contains(&process.oom_score_adj) {
-        let reason = format!("{} is not between -1000 and 1000", process.oom_score_adj);
-        return Err(AgentError::invalid("process.oom_score_adj", reason));
+    check_oom_score("process.oom_score_adj", process.oom_score_adj)
+}
+
+/// What the kernel takes as a score (proc(5)).
+pub(crate) fn check_oom_score(field: &str, score: i32) -> Result<(), AgentError> {
+    if (-1000..=1000).contains(&score) {
+        return Ok(());
     }
-    Ok(())
+    let reason = format!("{score} is not between -1000 and 1000");
+    Err(AgentError::invalid(field, reason))
 }
 
 /// The sandbox has to be ready for it; answers the sandbox's host name.

@@ -57,7 +57,7 @@ async fn run(
     }
     // Its own user, as it was resolved then, where the session names none.
     let identity = wanted.user.is_none().then(|| started.identity.clone());
-    let own = container.spec.process.clone().unwrap_or_default();
+    let own = container.process().unwrap_or_default();
     let process = merge(&own, wanted);
     let stdio = Stdio::new(process.terminal, stdin, true);
     let pipes = Pipes::new(&stdio)?;

@@ -18,6 +18,7 @@ use crate::{
     images::Images,
     process::{Process, Stdio},
     stage_spec::{Identity, RootSpec},
+    stats::Layer,
     volumes::Volumes,
 };
 
@@ -77,6 +78,12 @@ pub(crate) struct Container {
     pub(crate) stdio: Arc<Stdio>,
     /// Where its process writes its last words.
     pub(crate) termination: Option<PathBuf>,
+    /// What its writable layer takes.
+    pub(crate) layer: Layer,
+    /// Its limits as they are now; locked while they change.
+    limits: Mutex<v1::Resources>,
+    /// What `UpdateContainer` has made of the process's score for the OOM killer.
+    score: Mutex<Option<i32>>,
     phase: Mutex<Phase>,
     execs: Mutex<HashMap<String, Slot<Process>>>,
 }
@@ -175,6 +182,7 @@ impl Container {
     ) -> Self {
         let terminal = spec.process.as_ref().is_some_and(|process| process.terminal);
         let stdio = Stdio::new(terminal, spec.stdin, spec.stdin_once);
+        let limits = Mutex::new(spec.resources.clone().unwrap_or_default());
         Self {
             id,
             spec,
@@ -182,6 +190,9 @@ impl Container {
             cgroup,
             stdio,
             termination,
+            layer: Layer::default(),
+            limits,
+            score: Mutex::default(),
             phase: Mutex::new(Phase::Created),
             execs: Mutex::default(),
         }
@@ -244,6 +255,28 @@ impl Container {
         *lock(&self.phase) = Phase::Damaged;
     }
 
+    /// Changes its limits. Blocking.
+    pub(crate) fn change_limits(&self, wanted: v1::Resources) -> Result<(), AgentError> {
+        let mut limits = lock(&self.limits);
+        self.cgroup.change(&limits, &wanted)?;
+        *limits = wanted;
+        Ok(())
+    }
+
+    /// Changes the score that processes begin with from now on.
+    pub(crate) fn change_score(&self, score: i32) {
+        *lock(&self.score) = Some(score);
+    }
+
+    /// Its process as it is to be run now.
+    pub(crate) fn process(&self) -> Option<v1::Process> {
+        let mut process = self.spec.process.clone()?;
+        if let Some(score) = *lock(&self.score) {
+            process.oom_score_adj = score;
+        }
+        Some(process)
+    }
+
     pub(crate) fn info(&self) -> v1::ContainerInfo {
         let (phase, pid) = match &*lock(&self.phase) {
             Phase::Started(started) if started.process.ended().is_some() => {
@@ -257,6 +290,11 @@ impl Container {
             container_id: self.id.clone(),
             phase: phase.into(),
             pid,
+            started: match &*lock(&self.phase) {
+                Phase::Started(started) => Some(started.reply.clone()),
+                _ => None,
+            },
+            exec_ids: lock(&self.execs).keys().cloned().collect(),
         }
     }
 

@@ -26,7 +26,7 @@ use crate::{
     guest::Guest,
     hello,
     listen::{Connection, Listener},
-    remove, signal, start, streams, terminal, volumes, wait,
+    remove, signal, start, stats, streams, terminal, update, volumes, wait,
 };
 
 /// Most threads that wait for the kernel at a time.
@@ -269,6 +269,19 @@ impl agent_server::Agent for Service {
         _: Request<v1::ListContainersRequest>,
     ) -> Answer<v1::ListContainersReply> {
         Ok(Response::new(wait::list(&self.guest)))
+    }
+
+    async fn update_container(
+        &self,
+        request: Request<v1::UpdateContainerRequest>,
+    ) -> Answer<v1::UpdateContainerReply> {
+        self.change(move |guest| update::update(guest, request.into_inner()))
+            .await
+    }
+
+    async fn stats(&self, request: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
+        let stats = stats::stats(Arc::clone(&self.guest), request.into_inner()).await?;
+        Ok(Response::new(stats))
     }
 
     async fn start_exec(&self, request: Request<v1::StartExecRequest>) -> Answer<v1::StartExecReply> {

@@ -76,7 +76,7 @@ async fn run(guest: &Guest, container: &Arc<Container>) -> Result<Started, Agent
 
 fn launch(container: &Container, namespace: Option<&OwnedFd>, pipes: &Pipes) -> Result<Launched, AgentError> {
     let spec = StageSpec {
-        process: container.spec.process.clone(),
+        process: container.process(),
         root: Some(container.root.clone()),
         identity: None,
     };

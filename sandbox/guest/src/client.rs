@@ -159,6 +159,31 @@ impl GuestClient {
         Ok(bounded("ListContainers", deadline, request).await?.containers)
     }
 
+    /// Changes a container's limits, and its score for the OOM killer when there is one.
+    pub async fn update_container(
+        &self,
+        id: &str,
+        resources: v1::Resources,
+        oom_score_adj: Option<i32>,
+        deadline: Duration,
+    ) -> Result<(), GuestError> {
+        let mut agent = self.agent.clone();
+        let request = v1::UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources: Some(resources),
+            oom_score_adj,
+        };
+        bounded("UpdateContainer", deadline, agent.update_container(request)).await?;
+        Ok(())
+    }
+
+    /// What the pod's containers use now; only of these, unless `ids` is empty.
+    pub async fn stats(&self, ids: Vec<String>, deadline: Duration) -> Result<v1::StatsReply, GuestError> {
+        let mut agent = self.agent.clone();
+        let request = v1::StatsRequest { container_ids: ids };
+        bounded("Stats", deadline, agent.stats(request)).await
+    }
+
     /// Waits as long as the container runs. An error means that the VM or its agent is gone, or the container is unknown; a broken
     /// transport to a live VM is mended inside.
     pub async fn wait_container(&self, id: &str) -> Result<v1::ContainerExit, GuestError> {

@@ -434,6 +434,15 @@ impl agent_server::Agent for Verbs {
         self.0.note("RemoveExec");
         Ok(Response::new(v1::RemoveExecReply {}))
     }
+    async fn update_container(
+        &self,
+        _: Request<v1::UpdateContainerRequest>,
+    ) -> Result<Response<v1::UpdateContainerReply>, Status> {
+        unimplemented("UpdateContainer")
+    }
+    async fn stats(&self, _: Request<v1::StatsRequest>) -> Result<Response<v1::StatsReply>, Status> {
+        unimplemented("Stats")
+    }
     async fn resize_terminal(
         &self,
         _: Request<v1::ResizeTerminalRequest>,
