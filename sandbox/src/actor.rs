@@ -25,7 +25,8 @@ use crate::{
     ContainerId, SandboxError,
     boot::{Boot, BootEnd},
     container::Live,
-    entry::{Entry, Fate, Work},
+    entry::{self, Entry, Fate, Work},
+    events::{self, Picture, Told},
     journal::{PodPhase, PodRecord},
     registry::{Handle, Node, Outcome, Registry, Reply, Request, Snapshot, Terminate},
     undo::UndoStack,
@@ -88,6 +89,7 @@ pub(crate) struct Actor {
     boot_error: Option<SandboxError>,
     outcome: watch::Sender<Outcome>,
     snapshot: watch::Sender<Arc<Snapshot>>,
+    told: Told,
     children: Children,
 }
 
@@ -162,10 +164,18 @@ impl Actor {
             boot_error: None,
             outcome,
             snapshot,
+            told: Told::default(),
             children: Children::default(),
         };
         if let Some(vm) = remains.vm {
             actor.hold(vm);
+        }
+        if actor.state != State::Reserved {
+            let known = actor
+                .containers
+                .iter()
+                .filter_map(|(id, entry)| Some((id.clone(), entry::shown(entry.state.shown())?)));
+            actor.told = Told::assume(actor.state == State::Ready, known);
         }
         actor.publish();
         let inbox = Inbox {
@@ -202,7 +212,7 @@ impl Actor {
                     Err(error) => self.child_failed(&error),
                 },
                 asked = inbox.requests.recv() => match asked {
-                    Some(asked) => self.request(asked),
+                    Some(asked) => self.request(asked).await,
                     None => return,
                 },
             }
@@ -451,7 +461,43 @@ impl Actor {
                 .map(|entry| entry.record.spec.image.id.clone())
                 .collect(),
         };
-        self.snapshot.send_replace(Arc::new(snapshot));
+        let snapshot = Arc::new(snapshot);
+        self.snapshot.send_replace(snapshot.clone());
+        if listed {
+            self.tell(&snapshot);
+        }
+    }
+
+    /// Tells listeners what has happened since they were told last.
+    fn tell(&mut self, snapshot: &Snapshot) {
+        let gone = self.state == State::Removed;
+        let steps = if gone {
+            self.told.end()
+        } else {
+            self.told.advance(snapshot.sandbox.state, &snapshot.containers)
+        };
+        if steps.is_empty() {
+            return;
+        }
+        let picture = Arc::new(Picture {
+            sandbox: snapshot.sandbox.clone(),
+            containers: if gone {
+                Vec::new()
+            } else {
+                snapshot.containers.clone()
+            },
+        });
+        let at = std::time::SystemTime::now();
+        let events: Vec<_> = steps
+            .into_iter()
+            .map(|(container, change)| events::Event {
+                subject: container.map_or_else(|| self.record.id.0.clone(), |id| id.0),
+                change,
+                at,
+                picture: picture.clone(),
+            })
+            .collect();
+        self.node.listeners.tell(&events);
     }
 }
 

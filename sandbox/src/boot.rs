@@ -121,6 +121,7 @@ impl Boot {
             .leaf(self.record.spec.cgroup_parent.as_deref(), &self.record.id.0)?;
         self.record.cgroup = leaf;
         let size = self.size()?;
+        self.record.size = Some(size);
         self.undo.push(Undo::Record);
         self.node.journal.write_pod(&self.record).await?;
         let network = self.take_host_resources().await?;

@@ -35,7 +35,7 @@ impl Actor {
         }
     }
 
-    pub(crate) fn request(&mut self, asked: Request) {
+    pub(crate) async fn request(&mut self, asked: Request) {
         match asked {
             Request::Create { spec, reply } => self.create(*spec, reply),
             Request::Start { id, reply } => self.start(&id, reply),
@@ -62,6 +62,9 @@ impl Actor {
                     Work::Answered
                 });
             }
+            Request::Update { id, change, reply } => self.update(&id, *change, reply),
+            Request::Resize { change, reply } => self.resize(change, reply).await,
+            Request::Usage { ids, limit, reply } => self.usage(ids, limit, reply),
             Request::ReopenLog { id, reply } => {
                 let log = match self.running(&id, "reopen the log of") {
                     Ok(entry) => entry.log.clone(),
@@ -224,7 +227,11 @@ impl Actor {
         Ok(entry)
     }
 
-    fn no_guest(&self, verb: &str, id: &ContainerId) -> SandboxError {
+    pub(crate) fn is_busy(&self) -> bool {
+        self.work_in_progress() >= WORK_LIMIT
+    }
+
+    pub(crate) fn no_guest(&self, verb: &str, id: &ContainerId) -> SandboxError {
         SandboxError::WrongState {
             what: format!("{verb} container {} of pod sandbox {}", id.0, self.record.id.0),
             state: format!("in a pod sandbox that is {}", self.state.as_str()),
@@ -278,6 +285,7 @@ impl Actor {
                 }
             }
             Work::Removed { id, result } => self.removed(&id, result).await,
+            Work::Updated { id, result } => self.updated(&id, result).await,
             Work::Answered => {}
         }
         self.publish();
@@ -421,7 +429,7 @@ impl Actor {
         }
     }
 
-    async fn persist(&self, id: &ContainerId) -> Result<(), SandboxError> {
+    pub(crate) async fn persist(&self, id: &ContainerId) -> Result<(), SandboxError> {
         match self.containers.get(id) {
             Some(entry) => {
                 self.node
@@ -448,6 +456,7 @@ impl Actor {
             };
             let (creating, starting) = (std::mem::take(&mut entry.creating), entry.starting.take());
             let removing = std::mem::take(&mut entry.removing);
+            let changes = std::mem::take(&mut entry.changes);
             let (created_only, was_removing) = (
                 entry.state == State::Creating,
                 matches!(entry.state, State::Removing { .. }),
@@ -474,6 +483,9 @@ impl Actor {
             starting
                 .into_iter()
                 .for_each(|reply| answer(reply, Err(self.cancelled("container start"))));
+            changes
+                .into_iter()
+                .for_each(|change| answer(change.reply, Err(self.cancelled("container update"))));
             removing
                 .into_iter()
                 .for_each(|reply| answer(reply, Err(self.cancelled("container removal"))));

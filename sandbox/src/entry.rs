@@ -1,6 +1,6 @@
 //! One container as its pod's actor keeps it, and what is reported about it.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use caisson_guest::logs::ContainerLog;
 use caisson_lifecycle::{
@@ -12,7 +12,9 @@ use tokio::sync::watch;
 use crate::{
     ContainerId, SandboxError,
     container::Started,
+    guest,
     journal::{ContainerPhase, ContainerRecord},
+    limits::LimitChange,
     registry::Reply,
     view::ContainerState,
 };
@@ -38,6 +40,11 @@ pub(crate) enum Work {
         id: ContainerId,
         result: Result<(), SandboxError>,
     },
+    Updated {
+        id: ContainerId,
+        /// The limits that it has now.
+        result: Result<Box<guest::Resources>, SandboxError>,
+    },
     /// It has answered its caller itself.
     Answered,
 }
@@ -60,6 +67,14 @@ pub(crate) struct Entry {
     pub(crate) creating: Vec<Reply<ContainerId>>,
     pub(crate) starting: Option<Reply<()>>,
     pub(crate) removing: Vec<Reply<()>>,
+    /// Changes of its limits; the guest works at the first.
+    pub(crate) changes: VecDeque<Change>,
+}
+
+/// A change of limits and who waits for it.
+pub(crate) struct Change {
+    pub(crate) change: LimitChange,
+    pub(crate) reply: Reply<()>,
 }
 
 impl Entry {
@@ -74,6 +89,7 @@ impl Entry {
             creating: Vec::new(),
             starting: None,
             removing: Vec::new(),
+            changes: VecDeque::new(),
         }
     }
 

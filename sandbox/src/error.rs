@@ -100,6 +100,23 @@ pub enum SandboxError {
         /// The timeout it was given.
         limit: Duration,
     },
+    /// A listener did not take its events in time.
+    #[error("more than {limit} events were not taken in time: list again and listen anew")]
+    Lagged {
+        /// How many may wait.
+        limit: usize,
+    },
+    /// Nobody else may listen.
+    #[error("{0} clients listen for events already, the most there can be")]
+    TooManyListeners(usize),
+    /// The VM, which cannot grow, is too small for it.
+    #[error("cannot {what}: {reason}")]
+    Unmet {
+        /// What was asked of what.
+        what: String,
+        /// Which numbers disagree.
+        reason: String,
+    },
     /// The hypervisor failed.
     #[error("cannot {what}")]
     Hypervisor {
@@ -207,8 +224,10 @@ impl SandboxError {
             Self::NoSandbox(_) | Self::NoContainer(_) => ErrorKind::NotFound,
             Self::Ambiguous(_) | Self::Invalid { .. } => ErrorKind::Invalid,
             Self::NameTaken { .. } => ErrorKind::AlreadyExists,
-            Self::WrongState { .. } => ErrorKind::WrongState,
-            Self::Size { .. } | Self::Busy(_) => ErrorKind::Exhausted,
+            Self::WrongState { .. } | Self::Unmet { .. } => ErrorKind::WrongState,
+            Self::Size { .. } | Self::Busy(_) | Self::Lagged { .. } | Self::TooManyListeners(_) => {
+                ErrorKind::Exhausted
+            }
             Self::Boot { source, .. } => source.kind(),
             Self::Shared(source) => source.kind(),
             Self::Cancelled { .. } => ErrorKind::Cancelled,

@@ -19,7 +19,7 @@ use std::{
 };
 
 use caisson_hypervisor::VmRecord;
-use caisson_lifecycle::exit::Exit;
+use caisson_lifecycle::{exit::Exit, sizing::VmSize};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest, Sha256};
 
@@ -41,6 +41,9 @@ pub(crate) struct PodRecord {
     pub(crate) ips: Vec<IpAddr>,
     /// Leaf of this pod, made before the boot.
     pub(crate) cgroup: Option<PathBuf>,
+    /// What its VM was booted with; `None` before that.
+    #[serde(default)]
+    pub(crate) size: Option<VmSize>,
     /// For verbose status; see [`crate::view::SandboxView::info`].
     pub(crate) info: serde_json::Value,
 }

@@ -12,15 +12,19 @@ mod container;
 mod containers;
 mod entry;
 mod error;
+pub mod events;
 mod files;
 mod identity;
 mod journal;
+pub mod limits;
 mod networks;
 mod recovery;
 mod registry;
 mod scratch;
 pub mod spec;
 mod undo;
+mod update;
+pub mod usage;
 pub mod view;
 
 use std::{
@@ -95,6 +99,7 @@ pub struct Sandboxes {
 struct Inner {
     node: Arc<Node>,
     registry: Arc<Registry>,
+    rates: usage::Rates,
     /// Ended with the last clone; VMs go on.
     actors: Mutex<JoinSet<()>>,
 }
@@ -121,6 +126,7 @@ impl Sandboxes {
             network,
             journal,
             cgroups,
+            listeners: events::Listeners::default(),
             host_cpus,
             template_lane: tokio::sync::Mutex::default(),
             closing: watch::Sender::new(false),
@@ -128,6 +134,7 @@ impl Sandboxes {
         let inner = Inner {
             node,
             registry: Arc::default(),
+            rates: usage::Rates::default(),
             actors: Mutex::default(),
         };
         for (actor, inbox) in recovery::recover(&inner.node, &inner.registry).await? {
@@ -146,6 +153,7 @@ impl Sandboxes {
         let mut actors =
             std::mem::take(&mut *self.inner.actors.lock().unwrap_or_else(PoisonError::into_inner));
         while actors.join_next().await.is_some() {}
+        self.inner.node.listeners.close();
     }
 
     /// Runs a pod. A retry with the same identity joins the call in progress; a pod of the same identity that is ready is answered as it is.
@@ -324,6 +332,38 @@ impl Sandboxes {
         .await
     }
 
+    /// Changes limits of a container that is created or runs. What the VM cannot hold is refused.
+    pub async fn update_container(&self, id: &str, change: limits::LimitChange) -> Result<(), SandboxError> {
+        let (handle, view) = self.inner.registry.container(id)?;
+        let change = Box::new(change);
+        self.ask(&handle, "container update", |reply| Request::Update {
+            id: view.id,
+            change,
+            reply,
+        })
+        .await
+    }
+
+    /// Changes limits of a pod. What its VM cannot hold is refused.
+    pub async fn resize(&self, id: &str, change: limits::PodLimitChange) -> Result<(), SandboxError> {
+        let handle = self.inner.registry.pod(id)?;
+        self.ask(&handle, "resize", |reply| Request::Resize { change, reply })
+            .await
+    }
+
+    /// Everything that happens to pods and containers from now on.
+    pub fn events(&self) -> Result<events::Subscription, SandboxError> {
+        if self.closing() {
+            return Err(SandboxError::Gone("of this node".into()));
+        }
+        self.inner.node.listeners.subscribe()
+    }
+
+    /// Ends the streams of events, in order. Whoever listens anew until [`Sandboxes::close`] is served.
+    pub fn end_events(&self) {
+        self.inner.node.listeners.close();
+    }
+
     /// Image disks that containers use, so that image removal keeps them.
     pub async fn images_in_use(&self) -> Vec<String> {
         let handles = self.inner.registry.handles();
@@ -391,6 +431,7 @@ impl Inner {
             vm: None,
             ips: Vec::new(),
             cgroup: None,
+            size: None,
             info: serde_json::Value::Null,
         };
         let (actor, inbox, handle) = Actor::new(self.node.clone(), Arc::downgrade(&self.registry), record);

@@ -337,25 +337,13 @@ fn unreadable_pod(id: SandboxId, error: &SandboxError) -> Recovered {
     };
     let record = PodRecord {
         id,
-        spec: spec::PodSpec {
-            identity,
-            handler: String::new(),
-            labels: BTreeMap::new(),
-            annotations: BTreeMap::new(),
-            hostname: String::new(),
-            log_directory: std::path::PathBuf::new(),
-            dns: None,
-            network: caisson_net::PodNetworkSpec::default(),
-            sysctls: BTreeMap::new(),
-            share_pid_namespace: false,
-            cgroup_parent: None,
-            limits: spec::PodLimits::default(),
-        },
+        spec: spec::PodSpec::unknown(identity),
         created_at: SystemTime::UNIX_EPOCH,
         phase: PodPhase::Booting,
         vm: None,
         ips: Vec::new(),
         cgroup: None,
+        size: None,
         info: serde_json::Value::Null,
     };
     let remains = Remains {

@@ -16,9 +16,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::{
     ContainerId, PodNetworks, SandboxError, SandboxId, SandboxesConfig,
     cgroup::Cgroups,
+    events::Listeners,
+    guest::StatsReply,
     journal::Journal,
+    limits::{LimitChange, PodLimitChange},
     spec::{ContainerSpec, ExecOutput, ExecSpec, PodIdentity},
-    view::{ContainerView, SandboxView},
+    view::{ContainerView, SandboxState, SandboxView},
 };
 
 /// What every pod needs of its node.
@@ -28,6 +31,7 @@ pub(crate) struct Node {
     pub(crate) network: Arc<dyn PodNetworks>,
     pub(crate) journal: Journal,
     pub(crate) cgroups: Cgroups,
+    pub(crate) listeners: Listeners,
     pub(crate) host_cpus: u32,
     /// So that the first pods don't all make the same template.
     pub(crate) template_lane: tokio::sync::Mutex<()>,
@@ -73,6 +77,21 @@ pub(crate) enum Request {
         id: ContainerId,
         reply: Reply<()>,
     },
+    Update {
+        id: ContainerId,
+        change: Box<LimitChange>,
+        reply: Reply<()>,
+    },
+    Resize {
+        change: PodLimitChange,
+        reply: Reply<()>,
+    },
+    /// What these containers use, or all when none is named.
+    Usage {
+        ids: Vec<String>,
+        limit: Duration,
+        reply: Reply<StatsReply>,
+    },
 }
 
 /// A pod's end, which goes before everything else that callers ask.
@@ -97,6 +116,13 @@ pub(crate) struct Snapshot {
     pub(crate) containers: Vec<ContainerView>,
     /// Ids of images in use, also by containers that are being made.
     pub(crate) images: Vec<String>,
+}
+
+impl Snapshot {
+    /// Whether a guest can be asked.
+    pub(crate) fn runs(&self) -> bool {
+        self.sandbox.state == SandboxState::Ready
+    }
 }
 
 /// The way to a pod's actor.

@@ -40,6 +40,26 @@ pub struct PodSpec {
     pub limits: PodLimits,
 }
 
+impl PodSpec {
+    /// A pod of which nothing but a name is known.
+    pub(crate) fn unknown(identity: PodIdentity) -> Self {
+        Self {
+            identity,
+            handler: String::new(),
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            hostname: String::new(),
+            log_directory: PathBuf::new(),
+            dns: None,
+            network: PodNetworkSpec::default(),
+            sysctls: BTreeMap::new(),
+            share_pid_namespace: false,
+            cgroup_parent: None,
+            limits: PodLimits::default(),
+        }
+    }
+}
+
 /// Whose pod this is. Unique among pods that are not removed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PodIdentity {
@@ -91,6 +111,29 @@ pub struct ContainerSpec {
 }
 
 impl ContainerSpec {
+    /// A container of which nothing but a name is known.
+    #[cfg(test)]
+    pub(crate) fn unknown(name: String) -> Self {
+        Self {
+            name,
+            attempt: 0,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            image: ContainerImage {
+                id: String::new(),
+                user_reference: String::new(),
+                reference: String::new(),
+                disk: PathBuf::new(),
+            },
+            guest: guest::ContainerSpec::default(),
+            files: Vec::new(),
+            termination_file: None,
+            log_path: None,
+            stop_signal: 15,
+            mounts: Vec::new(),
+        }
+    }
+
     /// Absolute path of the log file; `None` when the container is not logged.
     pub(crate) fn log_file(&self, log_directory: &Path) -> Option<PathBuf> {
         let file = self.log_path.as_ref()?;

@@ -26,6 +26,8 @@ use super::Faults;
 pub struct FakeContainer {
     pub spec: v1::ContainerSpec,
     pub phase: v1::ContainerPhase,
+    pub started: Option<v1::StartContainerReply>,
+    pub exec_ids: Vec<String>,
     pub exit: watch::Sender<Option<v1::ContainerExit>>,
     pub output: watch::Sender<Vec<u8>>,
 }
@@ -253,6 +255,8 @@ impl agent_server::Agent for Verbs {
         let container = FakeContainer {
             spec: request.spec.unwrap(),
             phase: v1::ContainerPhase::ContainerCreated,
+            started: None,
+            exec_ids: Vec::new(),
             exit: watch::Sender::new(None),
             output: watch::Sender::new(Vec::new()),
         };
@@ -273,13 +277,15 @@ impl agent_server::Agent for Verbs {
             .get_mut(&request.into_inner().container_id)
             .ok_or_else(|| Status::not_found("no such container"))?;
         container.phase = v1::ContainerPhase::ContainerRunning;
-        Ok(Response::new(v1::StartContainerReply {
+        let started = v1::StartContainerReply {
             pid: 2,
             started_at_nanos: 1_000_000_000,
             uid: 65534,
             gid: 65534,
             supplemental_gids: vec![1],
-        }))
+        };
+        container.started = Some(started.clone());
+        Ok(Response::new(started))
     }
     async fn wait_container(
         &self,
@@ -345,6 +351,8 @@ impl agent_server::Agent for Verbs {
                 container_id: id.clone(),
                 phase: container.phase.into(),
                 pid: 2,
+                started: container.started.clone(),
+                exec_ids: container.exec_ids.clone(),
             })
             .collect();
         Ok(Response::new(v1::ListContainersReply { containers }))
@@ -367,9 +375,52 @@ impl agent_server::Agent for Verbs {
     }
     async fn remove_exec(
         &self,
-        _: Request<v1::RemoveExecRequest>,
+        request: Request<v1::RemoveExecRequest>,
     ) -> Result<Response<v1::RemoveExecReply>, Status> {
+        let request = request.into_inner();
+        let mut containers = self.guest.containers.lock().unwrap();
+        if let Some(container) = containers.get_mut(&request.container_id) {
+            container.exec_ids.retain(|id| *id != request.exec_id);
+        }
         Ok(Response::new(v1::RemoveExecReply {}))
+    }
+    async fn update_container(
+        &self,
+        request: Request<v1::UpdateContainerRequest>,
+    ) -> Result<Response<v1::UpdateContainerReply>, Status> {
+        self.enter("UpdateContainer").await?;
+        let request = request.into_inner();
+        let mut containers = self.guest.containers.lock().unwrap();
+        let container = containers
+            .get_mut(&request.container_id)
+            .ok_or_else(|| Status::not_found("no such container"))?;
+        container.spec.resources = request.resources;
+        Ok(Response::new(v1::UpdateContainerReply {}))
+    }
+    async fn stats(&self, request: Request<v1::StatsRequest>) -> Result<Response<v1::StatsReply>, Status> {
+        self.enter("Stats").await?;
+        let wanted = request.into_inner().container_ids;
+        let cgroup = v1::CgroupStats {
+            // A guest whose clock is wrong.
+            timestamp_nanos: 1,
+            usage_usec: 5,
+            ..Default::default()
+        };
+        let containers = self.guest.containers.lock().unwrap();
+        let containers = containers
+            .keys()
+            .filter(|id| wanted.is_empty() || wanted.contains(id))
+            .map(|id| v1::ContainerStats {
+                container_id: id.clone(),
+                cgroup: Some(cgroup),
+                ..Default::default()
+            })
+            .collect();
+        Ok(Response::new(v1::StatsReply {
+            pod: Some(cgroup),
+            containers,
+            interfaces: Vec::new(),
+        }))
     }
     async fn resize_terminal(
         &self,

@@ -1,0 +1,178 @@
+//! Changes of limits and questions for usage, as the pod's actor serves them.
+//!
+//! One change of a container at a time, in the order they were asked: each is worked out from what the one before has left. The record is
+//! written after the guest has taken the change, so what is remembered never promises more than there is.
+
+use crate::{
+    ContainerId, SandboxError,
+    actor::{Actor, answer},
+    entry::{Change, Work},
+    guest,
+    limits::{self, LimitChange, PodLimitChange},
+    registry::Reply,
+    spec::PodLimits,
+};
+use caisson_lifecycle::{container::State, sandbox, sizing::VmSize};
+
+/// Changes of one container that may wait.
+const CHANGES_LIMIT: usize = 64;
+
+impl Actor {
+    pub(crate) fn update(&mut self, id: &ContainerId, change: LimitChange, reply: Reply<()>) {
+        let Some(entry) = self.containers.get_mut(id) else {
+            return answer(reply, Err(SandboxError::NoContainer(id.0.clone())));
+        };
+        if entry.changes.len() >= CHANGES_LIMIT {
+            return answer(reply, Err(SandboxError::Busy(self.record.id.0.clone())));
+        }
+        entry.changes.push_back(Change { change, reply });
+        if entry.changes.len() == 1 {
+            self.next_change(id);
+        }
+    }
+
+    /// Begins the first of the changes that wait; those that cannot be are answered.
+    fn next_change(&mut self, id: &ContainerId) {
+        while let Some(entry) = self.containers.get(id) {
+            let Some(Change { change, .. }) = entry.changes.front() else {
+                return;
+            };
+            let (before, score) = (
+                entry.record.spec.guest.resources.clone().unwrap_or_default(),
+                change.oom_score_adj,
+            );
+            let after = change.apply(&before);
+            match self.may_change(id, &before, &after) {
+                Ok(live) => {
+                    let id = id.clone();
+                    let wanted = after.clone();
+                    return self.spawn_work(async move {
+                        let result = live
+                            .guest
+                            .update_container(&id.0, wanted, score, live.deadline)
+                            .await
+                            .map_err(SandboxError::guest(format!("update container {}", id.0)));
+                        Work::Updated {
+                            id,
+                            result: result.map(|()| Box::new(after)),
+                        }
+                    });
+                }
+                Err(error) => self.end_change(id, Err(error)),
+            }
+        }
+    }
+
+    fn may_change(
+        &self,
+        id: &ContainerId,
+        before: &guest::Resources,
+        after: &guest::Resources,
+    ) -> Result<crate::container::Live, SandboxError> {
+        let entry = self
+            .containers
+            .get(id)
+            .ok_or_else(|| SandboxError::NoContainer(id.0.clone()))?;
+        if !matches!(entry.state, State::Created | State::Running { .. }) {
+            return Err(entry.wrong_state("update"));
+        }
+        let live = self.live.clone().ok_or_else(|| self.no_guest("update", id))?;
+        limits::check_container(&id.0, before, after, self.vm_size()?)?;
+        Ok(live)
+    }
+
+    fn vm_size(&self) -> Result<VmSize, SandboxError> {
+        self.record.size.ok_or_else(|| SandboxError::Unmet {
+            what: format!("change limits in pod sandbox {}", self.record.id.0),
+            reason: "the size of its VM is not in its record, which an older version has written".into(),
+        })
+    }
+
+    /// The guest has answered the change at the front.
+    pub(crate) async fn updated(
+        &mut self,
+        id: &ContainerId,
+        result: Result<Box<guest::Resources>, SandboxError>,
+    ) {
+        let result = match (result, self.containers.get_mut(id)) {
+            (Ok(after), Some(entry)) => {
+                entry.record.spec.guest.resources = Some(*after);
+                let score = entry.changes.front().and_then(|first| first.change.oom_score_adj);
+                if let (Some(score), Some(process)) = (score, &mut entry.record.spec.guest.process) {
+                    process.oom_score_adj = score;
+                }
+                self.persist(id).await
+            }
+            (Ok(_), None) => Ok(()),
+            (Err(error), _) => Err(error),
+        };
+        self.end_change(id, result);
+        self.next_change(id);
+    }
+
+    /// Answers the change at the front. What is shown by then has it.
+    fn end_change(&mut self, id: &ContainerId, result: Result<(), SandboxError>) {
+        self.publish();
+        let first = self
+            .containers
+            .get_mut(id)
+            .and_then(|entry| entry.changes.pop_front());
+        if let Some(Change { reply, .. }) = first {
+            answer(reply, result);
+        }
+    }
+
+    /// Takes new limits of the pod, if its VM holds them. They size nothing any more, but are what later changes are measured by.
+    pub(crate) async fn resize(&mut self, change: PodLimitChange, reply: Reply<()>) {
+        let result = self.try_resize(change).await;
+        self.publish();
+        answer(reply, result);
+    }
+
+    async fn try_resize(&mut self, change: PodLimitChange) -> Result<(), SandboxError> {
+        let id = &self.record.id.0;
+        if self.state != sandbox::State::Ready {
+            return Err(SandboxError::WrongState {
+                what: format!("resize pod sandbox {id}"),
+                state: self.state.as_str().into(),
+            });
+        }
+        let before = self.record.spec.limits;
+        let after = PodLimits {
+            cpu_milli: change.limits.cpu_milli.or(before.cpu_milli),
+            memory_bytes: change.limits.memory_bytes.or(before.memory_bytes),
+        };
+        let overhead = self.node.config.guest_overhead_mib;
+        limits::check_pod(id, before, after, self.vm_size()?, overhead)?;
+        if after == before {
+            return Ok(());
+        }
+        let mut record = self.record.clone();
+        record.spec.limits = after;
+        self.node.journal.write_pod(&record).await?;
+        self.record = record;
+        Ok(())
+    }
+
+    pub(crate) fn usage(
+        &mut self,
+        ids: Vec<String>,
+        limit: std::time::Duration,
+        reply: Reply<guest::StatsReply>,
+    ) {
+        let Some(live) = self.live.clone() else {
+            let what = format!("ask pod sandbox {} what it uses", self.record.id.0);
+            let state = self.state.as_str().into();
+            return answer(reply, Err(SandboxError::WrongState { what, state }));
+        };
+        if self.is_busy() {
+            return answer(reply, Err(SandboxError::Busy(self.record.id.0.clone())));
+        }
+        let what = format!("ask the guest of pod sandbox {} what it uses", self.record.id.0);
+        self.spawn_work(async move {
+            let stats = live.guest.stats(ids, limit.min(live.deadline)).await;
+            answer(reply, stats.map_err(SandboxError::guest(what)));
+            Work::Answered
+        });
+    }
+}
