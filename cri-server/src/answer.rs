@@ -70,7 +70,7 @@ pub fn sandbox_status(view: SandboxView) -> v1::PodSandboxStatus {
     }
 }
 
-fn pod_metadata(spec: &PodSpec) -> v1::PodSandboxMetadata {
+pub(crate) fn pod_metadata(spec: &PodSpec) -> v1::PodSandboxMetadata {
     v1::PodSandboxMetadata {
         name: spec.identity.name.clone(),
         uid: spec.identity.uid.clone(),
@@ -194,7 +194,7 @@ impl Life {
     }
 }
 
-fn container_metadata(spec: &ContainerSpec) -> v1::ContainerMetadata {
+pub(crate) fn container_metadata(spec: &ContainerSpec) -> v1::ContainerMetadata {
     v1::ContainerMetadata {
         name: spec.name.clone(),
         attempt: spec.attempt,
@@ -272,11 +272,11 @@ pub fn image(image: Image) -> v1::Image {
 }
 
 /// Every label of the selector has exactly this value.
-fn selects(selector: &HashMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
+pub(crate) fn selects(selector: &HashMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
     selector.iter().all(|(key, value)| labels.get(key) == Some(value))
 }
 
-fn map(map: BTreeMap<String, String>) -> HashMap<String, String> {
+pub(crate) fn map(map: BTreeMap<String, String>) -> HashMap<String, String> {
     map.into_iter().collect()
 }
 

@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     config::{Config, Driver},
     notify,
+    pod_cidr::PodCidrStore,
     rpc::service::Cri,
     runtime::{Runtime, Settings, VERSION},
     server,
@@ -39,6 +40,12 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     );
     tell_manager(notify::READY);
     let sandboxes = runtime.sandboxes.clone();
+    let listened = sandboxes.clone();
+    let stop = async move {
+        stop.await;
+        // They would go on as long as their clients like.
+        listened.end_events();
+    };
     let served = server::serve(Cri::new(runtime), listener, stop).await;
     tell_manager(notify::STOPPING);
     sandboxes.close().await;
@@ -66,6 +73,7 @@ async fn open(config: &Config) -> anyhow::Result<Runtime> {
         images,
         network,
         hypervisor,
+        pod_cidr: Arc::new(PodCidrStore::open(&config.daemon.root)),
         settings: Arc::new(settings(config)),
     };
     runtime.collect_images().await;

@@ -72,8 +72,13 @@ impl Report {
             (None, Effect::Read) => tracing::debug!(ms, code = "OK", "done"),
             (None, Effect::Change) => tracing::info!(ms, code = "OK", "done"),
             (Some(error), effect) => {
+                let level = if error.is_expected() {
+                    Level::INFO
+                } else {
+                    level(error.code(), effect)
+                };
                 let (code, error) = (error.code(), error.chain());
-                match level(code, effect) {
+                match level {
                     Level::ERROR => tracing::error!(ms, ?code, error, "failed"),
                     Level::INFO => tracing::info!(ms, ?code, error, "refused"),
                     _ => tracing::debug!(ms, ?code, error, "refused"),

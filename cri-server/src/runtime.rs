@@ -7,7 +7,7 @@ use caisson_image::ImageStore;
 use caisson_net::Network;
 use caisson_sandbox::Sandboxes;
 
-use crate::status::chain;
+use crate::{pod_cidr::PodCidrStore, status::chain};
 
 /// Shared by all calls; each handler is a function of it and a request.
 #[derive(Clone)]
@@ -20,6 +20,8 @@ pub struct Runtime {
     pub network: Network,
     /// The driver, asked to describe itself only.
     pub hypervisor: Arc<dyn Hypervisor>,
+    /// The node's range of pod addresses, as kubelet has told it.
+    pub pod_cidr: Arc<PodCidrStore>,
     /// What answers are made of.
     pub settings: Arc<Settings>,
 }

@@ -24,6 +24,14 @@ pub enum RpcError {
     /// The call is not served.
     #[error("caisson does not implement {0}")]
     Unimplemented(&'static str),
+    /// The call is not served, for a reason that lasts.
+    #[error("caisson does not implement {method}: {reason}")]
+    NotYet {
+        /// The call.
+        method: &'static str,
+        /// What would be needed.
+        reason: &'static str,
+    },
     /// A container was asked for whose image is not here.
     #[error("image {0:?} is not in the store: pull it first")]
     ImageMissing(String),
@@ -56,13 +64,19 @@ impl RpcError {
     pub fn code(&self) -> Code {
         match self {
             Self::Refused(_) => Code::InvalidArgument,
-            Self::Unimplemented(_) => Code::Unimplemented,
+            Self::Unimplemented(_) | Self::NotYet { .. } => Code::Unimplemented,
             Self::ImageMissing(_) => Code::NotFound,
             Self::PodNotReady(_) => Code::FailedPrecondition,
             Self::Sandbox(error) => sandbox_code(error.kind()),
             Self::Image(error) => image_code(error.kind()),
             Self::Io { .. } | Self::TaskLost(_) => Code::Internal,
         }
+    }
+
+    /// Whether it is what the caller had reckoned with, and so nothing that an admin must see: a probe whose command ran too long.
+    #[must_use]
+    pub fn is_expected(&self) -> bool {
+        matches!(self, Self::Sandbox(SandboxError::ExecTimeout { .. }))
     }
 
     /// The text with its chain of sources. A source that the text before it already ends with is not repeated.

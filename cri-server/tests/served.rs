@@ -20,6 +20,7 @@ use caisson_sandbox::Sandboxes;
 use caissond::{
     config::{Config, Overrides},
     inquiry,
+    pod_cidr::PodCidrStore,
     rpc::service::Cri,
     runtime::{Runtime, Settings},
     server, socket,
@@ -52,6 +53,7 @@ impl Hypervisor for NoHypervisor {
 
 /// A served CRI on a scratch directory without CNI configuration, kernel or images.
 struct Served {
+    sandboxes: Sandboxes,
     channel: Channel,
     dir: TempDir,
     stop: oneshot::Sender<()>,
@@ -62,6 +64,7 @@ impl Served {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let runtime = runtime(dir.path()).await;
+        let sandboxes = runtime.sandboxes.clone();
         let (listener, bound) = socket::bind(&dir.path().join("cri.sock")).unwrap();
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(server::serve(Cri::new(runtime), listener, async move {
@@ -71,6 +74,7 @@ impl Served {
         // The directory goes with the test.
         std::mem::forget(bound);
         Self {
+            sandboxes,
             channel,
             dir,
             stop,
@@ -103,6 +107,7 @@ async fn runtime(dir: &Path) -> Runtime {
         images: ImageStore::open(config.images.clone()).await.unwrap(),
         network,
         hypervisor,
+        pod_cidr: Arc::new(PodCidrStore::open(dir)),
         settings: Arc::new(Settings {
             kernel: config.guest.kernel.clone(),
             initramfs: config.guest.initramfs.clone(),
@@ -376,25 +381,98 @@ async fn every_call_that_is_not_served_says_so_by_its_name() {
         exec(ExecRequest): "Exec",
         attach(AttachRequest): "Attach",
         port_forward(PortForwardRequest): "PortForward",
-        container_stats(ContainerStatsRequest): "ContainerStats",
-        list_container_stats(ListContainerStatsRequest): "ListContainerStats",
-        pod_sandbox_stats(PodSandboxStatsRequest): "PodSandboxStats",
-        list_pod_sandbox_stats(ListPodSandboxStatsRequest): "ListPodSandboxStats",
-        update_container_resources(UpdateContainerResourcesRequest): "UpdateContainerResources",
-        update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest): "UpdatePodSandboxResources",
-        update_runtime_config(UpdateRuntimeConfigRequest): "UpdateRuntimeConfig",
         checkpoint_container(CheckpointContainerRequest): "CheckpointContainer",
-        get_container_events(GetEventsRequest): "GetContainerEvents",
-        list_metric_descriptors(ListMetricDescriptorsRequest): "ListMetricDescriptors",
-        list_pod_sandbox_metrics(ListPodSandboxMetricsRequest): "ListPodSandboxMetrics",
-        stream_pod_sandboxes(StreamPodSandboxesRequest): "StreamPodSandboxes",
-        stream_containers(StreamContainersRequest): "StreamContainers",
-        stream_container_stats(StreamContainerStatsRequest): "StreamContainerStats",
-        stream_pod_sandbox_stats(StreamPodSandboxStatsRequest): "StreamPodSandboxStats",
-        stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest): "StreamPodSandboxMetrics",
     );
-    let mut images = served.images();
-    unimplemented_by_name!(images; stream_images(StreamImagesRequest): "StreamImages");
+}
+
+#[tokio::test]
+async fn lists_and_their_streams_are_empty_where_nothing_is() {
+    let served = Served::start().await;
+    let (mut runtime, mut images) = (served.runtime(), served.images());
+    macro_rules! empty_stream {
+        ($client:ident.$method:ident($request:ident)) => {
+            let mut stream = $client
+                .$method(v1::$request::default())
+                .await
+                .unwrap()
+                .into_inner();
+            assert_eq!(stream.message().await.unwrap(), None);
+        };
+    }
+    empty_stream!(runtime.stream_pod_sandboxes(StreamPodSandboxesRequest));
+    empty_stream!(runtime.stream_containers(StreamContainersRequest));
+    empty_stream!(runtime.stream_container_stats(StreamContainerStatsRequest));
+    empty_stream!(runtime.stream_pod_sandbox_stats(StreamPodSandboxStatsRequest));
+    empty_stream!(runtime.stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest));
+    empty_stream!(images.stream_images(StreamImagesRequest));
+    let stats = runtime
+        .list_container_stats(v1::ListContainerStatsRequest::default())
+        .await
+        .unwrap();
+    assert!(stats.into_inner().stats.is_empty());
+    let descriptors = runtime
+        .list_metric_descriptors(v1::ListMetricDescriptorsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .descriptors;
+    assert!(
+        descriptors
+            .iter()
+            .any(|descriptor| descriptor.name == "container_memory_working_set_bytes")
+    );
+    refused(
+        runtime
+            .container_stats(v1::ContainerStatsRequest {
+                container_id: "nobody".into(),
+            })
+            .await,
+        Code::NotFound,
+        "nobody",
+    );
+}
+
+#[tokio::test]
+async fn the_pod_cidr_is_checked_kept_and_shown() {
+    let served = Served::start().await;
+    let mut runtime = served.runtime();
+    let request = |cidr: &str| v1::UpdateRuntimeConfigRequest {
+        runtime_config: Some(v1::RuntimeConfig {
+            network_config: Some(v1::NetworkConfig {
+                pod_cidr: cidr.into(),
+            }),
+        }),
+    };
+    refused(
+        runtime.update_runtime_config(request("10.0.0.0/40")).await,
+        Code::InvalidArgument,
+        "pod_cidr: \"10.0.0.0/40\"",
+    );
+    runtime
+        .update_runtime_config(request("10.7.0.0/16"))
+        .await
+        .unwrap();
+    // kubelet has none before its node has one.
+    runtime.update_runtime_config(request("")).await.unwrap();
+    let status = runtime
+        .status(v1::StatusRequest { verbose: true })
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(status.info["podCIDR"], "\"10.7.0.0/16\"");
+}
+
+#[tokio::test]
+async fn a_listener_for_events_does_not_hold_up_the_servers_end() {
+    let served = Served::start().await;
+    let mut runtime = served.runtime();
+    let mut events = runtime
+        .get_container_events(v1::GetEventsRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    served.sandboxes.end_events();
+    assert_eq!(events.message().await.unwrap(), None);
 }
 
 #[tokio::test]

@@ -5,14 +5,22 @@
 
 pub mod service;
 
+mod checkpoint_container;
+mod container_stats;
 mod container_status;
 mod create_container;
 mod exec_sync;
+mod get_container_events;
 mod image_fs_info;
 mod image_status;
+mod list_container_stats;
 mod list_containers;
 mod list_images;
+mod list_metric_descriptors;
 mod list_pod_sandbox;
+mod list_pod_sandbox_metrics;
+mod list_pod_sandbox_stats;
+mod pod_sandbox_stats;
 mod pod_sandbox_status;
 mod pull_image;
 mod remove_container;
@@ -25,4 +33,8 @@ mod start_container;
 mod status;
 mod stop_container;
 mod stop_pod_sandbox;
+mod stream_lists;
+mod update_container_resources;
+mod update_pod_sandbox_resources;
+mod update_runtime_config;
 mod version;

@@ -14,6 +14,8 @@ pub(super) async fn handle(
     let sandbox = id("pod_sandbox_id", &request.pod_sandbox_id)?;
     note("sandbox.id", sandbox);
     let view = runtime.sandboxes.status(sandbox).await?;
+    let mut containers = runtime.sandboxes.list_containers().await;
+    containers.retain(|container| container.sandbox_id == view.id);
     let info = if request.verbose {
         HashMap::from([("info".to_owned(), view.info.to_string())])
     } else {
@@ -22,8 +24,8 @@ pub(super) async fn handle(
     Ok(v1::PodSandboxStatusResponse {
         status: Some(answer::sandbox_status(view)),
         info,
-        // Only kubelets that listen to GetContainerEvents read these.
-        containers_statuses: Vec::new(),
+        // For kubelets that listen to GetContainerEvents.
+        containers_statuses: containers.into_iter().map(answer::container_status).collect(),
         timestamp: answer::nanos(SystemTime::now()),
     })
 }

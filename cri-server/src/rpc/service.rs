@@ -4,10 +4,14 @@ use caisson_cri_api::v1::{self, image_service_server::ImageService, runtime_serv
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
-    container_status, create_container, exec_sync, image_fs_info, image_status, list_containers, list_images,
-    list_pod_sandbox, pod_sandbox_status, pull_image, remove_container, remove_image, remove_pod_sandbox,
+    checkpoint_container, container_stats, container_status, create_container, exec_sync,
+    get_container_events, image_fs_info, image_status, list_container_stats, list_containers, list_images,
+    list_metric_descriptors, list_pod_sandbox, list_pod_sandbox_metrics, list_pod_sandbox_stats,
+    pod_sandbox_stats, pod_sandbox_status, pull_image, remove_container, remove_image, remove_pod_sandbox,
     reopen_container_log, run_pod_sandbox, runtime_config, start_container, status, stop_container,
-    stop_pod_sandbox, version,
+    stop_pod_sandbox,
+    stream_lists::{self, Chunks},
+    update_container_resources, update_pod_sandbox_resources, update_runtime_config, version,
 };
 use crate::{
     outcome::{Effect, observe},
@@ -54,9 +58,6 @@ async fn absent<T>(method: &'static str) -> Result<Response<T>, Status> {
     })
     .await
 }
-
-/// The stream of a call that is not served: it has no items and is never made.
-type Nothing<T> = tokio_stream::Empty<Result<T, Status>>;
 
 #[async_trait]
 impl RuntimeService for Cri {
@@ -254,9 +255,14 @@ impl RuntimeService for Cri {
 
     async fn update_container_resources(
         &self,
-        _: Request<v1::UpdateContainerResourcesRequest>,
+        request: Request<v1::UpdateContainerResourcesRequest>,
     ) -> Result<Response<v1::UpdateContainerResourcesResponse>, Status> {
-        absent("UpdateContainerResources").await
+        observe(
+            "UpdateContainerResources",
+            Effect::Change,
+            update_container_resources::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn exec(&self, _: Request<v1::ExecRequest>) -> Result<Response<v1::ExecResponse>, Status> {
@@ -276,119 +282,194 @@ impl RuntimeService for Cri {
 
     async fn container_stats(
         &self,
-        _: Request<v1::ContainerStatsRequest>,
+        request: Request<v1::ContainerStatsRequest>,
     ) -> Result<Response<v1::ContainerStatsResponse>, Status> {
-        absent("ContainerStats").await
+        observe(
+            "ContainerStats",
+            Effect::Read,
+            container_stats::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn list_container_stats(
         &self,
-        _: Request<v1::ListContainerStatsRequest>,
+        request: Request<v1::ListContainerStatsRequest>,
     ) -> Result<Response<v1::ListContainerStatsResponse>, Status> {
-        absent("ListContainerStats").await
+        observe(
+            "ListContainerStats",
+            Effect::Read,
+            list_container_stats::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn pod_sandbox_stats(
         &self,
-        _: Request<v1::PodSandboxStatsRequest>,
+        request: Request<v1::PodSandboxStatsRequest>,
     ) -> Result<Response<v1::PodSandboxStatsResponse>, Status> {
-        absent("PodSandboxStats").await
+        observe(
+            "PodSandboxStats",
+            Effect::Read,
+            pod_sandbox_stats::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn list_pod_sandbox_stats(
         &self,
-        _: Request<v1::ListPodSandboxStatsRequest>,
+        request: Request<v1::ListPodSandboxStatsRequest>,
     ) -> Result<Response<v1::ListPodSandboxStatsResponse>, Status> {
-        absent("ListPodSandboxStats").await
+        observe(
+            "ListPodSandboxStats",
+            Effect::Read,
+            list_pod_sandbox_stats::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn update_runtime_config(
         &self,
-        _: Request<v1::UpdateRuntimeConfigRequest>,
+        request: Request<v1::UpdateRuntimeConfigRequest>,
     ) -> Result<Response<v1::UpdateRuntimeConfigResponse>, Status> {
-        absent("UpdateRuntimeConfig").await
+        observe(
+            "UpdateRuntimeConfig",
+            Effect::Change,
+            update_runtime_config::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn checkpoint_container(
         &self,
-        _: Request<v1::CheckpointContainerRequest>,
+        request: Request<v1::CheckpointContainerRequest>,
     ) -> Result<Response<v1::CheckpointContainerResponse>, Status> {
-        absent("CheckpointContainer").await
+        observe(
+            "CheckpointContainer",
+            Effect::Change,
+            checkpoint_container::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn list_metric_descriptors(
         &self,
-        _: Request<v1::ListMetricDescriptorsRequest>,
+        request: Request<v1::ListMetricDescriptorsRequest>,
     ) -> Result<Response<v1::ListMetricDescriptorsResponse>, Status> {
-        absent("ListMetricDescriptors").await
+        observe(
+            "ListMetricDescriptors",
+            Effect::Read,
+            list_metric_descriptors::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
-        _: Request<v1::ListPodSandboxMetricsRequest>,
+        request: Request<v1::ListPodSandboxMetricsRequest>,
     ) -> Result<Response<v1::ListPodSandboxMetricsResponse>, Status> {
-        absent("ListPodSandboxMetrics").await
+        observe(
+            "ListPodSandboxMetrics",
+            Effect::Read,
+            list_pod_sandbox_metrics::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<v1::UpdatePodSandboxResourcesRequest>,
+        request: Request<v1::UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<v1::UpdatePodSandboxResourcesResponse>, Status> {
-        absent("UpdatePodSandboxResources").await
+        observe(
+            "UpdatePodSandboxResources",
+            Effect::Change,
+            update_pod_sandbox_resources::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
-    type StreamPodSandboxesStream = Nothing<v1::StreamPodSandboxesResponse>;
+    type StreamPodSandboxesStream = Chunks<v1::StreamPodSandboxesResponse>;
 
     async fn stream_pod_sandboxes(
         &self,
-        _: Request<v1::StreamPodSandboxesRequest>,
+        request: Request<v1::StreamPodSandboxesRequest>,
     ) -> Result<Response<Self::StreamPodSandboxesStream>, Status> {
-        absent("StreamPodSandboxes").await
+        observe(
+            "StreamPodSandboxes",
+            Effect::Read,
+            stream_lists::pod_sandboxes(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
-    type StreamContainersStream = Nothing<v1::StreamContainersResponse>;
+    type StreamContainersStream = Chunks<v1::StreamContainersResponse>;
 
     async fn stream_containers(
         &self,
-        _: Request<v1::StreamContainersRequest>,
+        request: Request<v1::StreamContainersRequest>,
     ) -> Result<Response<Self::StreamContainersStream>, Status> {
-        absent("StreamContainers").await
+        observe(
+            "StreamContainers",
+            Effect::Read,
+            stream_lists::containers(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
-    type StreamContainerStatsStream = Nothing<v1::StreamContainerStatsResponse>;
+    type StreamContainerStatsStream = Chunks<v1::StreamContainerStatsResponse>;
 
     async fn stream_container_stats(
         &self,
-        _: Request<v1::StreamContainerStatsRequest>,
+        request: Request<v1::StreamContainerStatsRequest>,
     ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
-        absent("StreamContainerStats").await
+        observe(
+            "StreamContainerStats",
+            Effect::Read,
+            stream_lists::container_stats(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
-    type StreamPodSandboxStatsStream = Nothing<v1::StreamPodSandboxStatsResponse>;
+    type StreamPodSandboxStatsStream = Chunks<v1::StreamPodSandboxStatsResponse>;
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _: Request<v1::StreamPodSandboxStatsRequest>,
+        request: Request<v1::StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
-        absent("StreamPodSandboxStats").await
+        observe(
+            "StreamPodSandboxStats",
+            Effect::Read,
+            stream_lists::pod_sandbox_stats(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
-    type StreamPodSandboxMetricsStream = Nothing<v1::StreamPodSandboxMetricsResponse>;
+    type StreamPodSandboxMetricsStream = Chunks<v1::StreamPodSandboxMetricsResponse>;
 
     async fn stream_pod_sandbox_metrics(
         &self,
-        _: Request<v1::StreamPodSandboxMetricsRequest>,
+        request: Request<v1::StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
-        absent("StreamPodSandboxMetrics").await
+        observe(
+            "StreamPodSandboxMetrics",
+            Effect::Read,
+            stream_lists::pod_sandbox_metrics(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
-    type GetContainerEventsStream = Nothing<v1::ContainerEventResponse>;
+    type GetContainerEventsStream = get_container_events::Events;
 
     async fn get_container_events(
         &self,
-        _: Request<v1::GetEventsRequest>,
+        request: Request<v1::GetEventsRequest>,
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
-        absent("GetContainerEvents").await
+        observe(
+            "GetContainerEvents",
+            Effect::Read,
+            get_container_events::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 }
 
@@ -454,12 +535,17 @@ impl ImageService for Cri {
         .await
     }
 
-    type StreamImagesStream = Nothing<v1::StreamImagesResponse>;
+    type StreamImagesStream = Chunks<v1::StreamImagesResponse>;
 
     async fn stream_images(
         &self,
-        _: Request<v1::StreamImagesRequest>,
+        request: Request<v1::StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
-        absent("StreamImages").await
+        observe(
+            "StreamImages",
+            Effect::Read,
+            stream_lists::images(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 }

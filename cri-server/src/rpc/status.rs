@@ -77,6 +77,10 @@ fn info(runtime: &Runtime) -> HashMap<String, String> {
     HashMap::from([
         ("version".to_owned(), json!(VERSION).to_string()),
         ("hypervisor".to_owned(), hypervisor.to_string()),
+        (
+            "podCIDR".to_owned(),
+            json!(runtime.pod_cidr.get().map(|cidr| cidr.as_str().to_owned())).to_string(),
+        ),
         ("config".to_owned(), runtime.settings.config.to_string()),
     ])
 }

@@ -21,7 +21,7 @@ pub use credentials::credentials;
 pub use namespaces::target_container;
 pub use pod::pod_spec;
 pub use refusals::{Refusal, Refusals};
-pub(crate) use resources::answered as answered_resources;
+pub(crate) use resources::{answered as answered_resources, limit_change, pod_limits};
 pub use signals::{cri_signal, signal_number};
 
 /// Runtime handlers that are this runtime; the empty one is kubelet's default.

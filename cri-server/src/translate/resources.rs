@@ -1,7 +1,7 @@
 //! Resources: what the guest's cgroups enforce, and the limits by which a VM is sized.
 
 use caisson_cri_api::v1;
-use caisson_sandbox::{guest, spec::PodLimits};
+use caisson_sandbox::{guest, limits::LimitChange, spec::PodLimits};
 
 use super::Refusals;
 
@@ -63,8 +63,41 @@ pub(super) fn container(
     (resources, score)
 }
 
+/// Limits of a container that shall change: zero and absent leave what is there, -1 takes a limit away.
+pub(crate) fn limit_change(
+    config: Option<&v1::LinuxContainerResources>,
+    field: &str,
+    refusals: &mut Refusals,
+) -> LimitChange {
+    let Some(config) = config else {
+        return LimitChange::default();
+    };
+    // Beside that, an update may ask what a new container may.
+    let memory = match config.memory_limit_in_bytes {
+        -1 => 0,
+        bytes => bytes,
+    };
+    let asked = v1::LinuxContainerResources {
+        memory_limit_in_bytes: memory,
+        ..config.clone()
+    };
+    let (resources, score) = container(Some(&asked), field, refusals);
+    let positive = |value: u64| Some(value).filter(|value| *value > 0);
+    LimitChange {
+        cpu_quota_micros: (config.cpu_quota != 0).then_some(resources.cpu_quota_micros),
+        cpu_period_micros: positive(resources.cpu_period_micros),
+        cpu_shares: positive(resources.cpu_shares),
+        memory_limit_bytes: (config.memory_limit_in_bytes != 0).then_some(resources.memory_limit_bytes),
+        memory_swap_limit_bytes: (config.memory_swap_limit_in_bytes != 0)
+            .then_some(resources.memory_swap_limit_bytes),
+        oom_score_adj: (config.oom_score_adj != 0).then_some(score),
+        hugepage_limits: resources.hugepage_limits.into_iter().collect(),
+        unified: resources.unified.into_iter().collect(),
+    }
+}
+
 /// Limits of a pod as kubelet has summed them.
-pub(super) fn pod_limits(
+pub(crate) fn pod_limits(
     config: Option<&v1::LinuxContainerResources>,
     field: &str,
     refusals: &mut Refusals,
@@ -176,6 +209,44 @@ mod tests {
         for field in ["r.cpu_shares", "r.oom_score_adj", "r.cpuset_cpus", "r.unified"] {
             assert!(text.contains(field), "{text}");
         }
+    }
+
+    #[test]
+    fn an_update_changes_what_is_set_and_lifts_what_is_minus_one() {
+        let change = |config: &v1::LinuxContainerResources| {
+            let mut refusals = Refusals::default();
+            let change = limit_change(Some(config), "linux", &mut refusals);
+            refusals.settle(change)
+        };
+        assert_eq!(
+            change(&v1::LinuxContainerResources::default()),
+            Ok(LimitChange::default())
+        );
+        let lifted = change(&v1::LinuxContainerResources {
+            cpu_quota: -1,
+            memory_limit_in_bytes: -1,
+            memory_swap_limit_in_bytes: -1,
+            cpu_shares: 2,
+            ..Default::default()
+        });
+        let expected = LimitChange {
+            cpu_quota_micros: Some(0),
+            memory_limit_bytes: Some(0),
+            memory_swap_limit_bytes: Some(0),
+            cpu_shares: Some(2),
+            ..LimitChange::default()
+        };
+        assert_eq!(lifted, Ok(expected));
+        let refused = change(&v1::LinuxContainerResources {
+            memory_limit_in_bytes: -2,
+            cpuset_cpus: "0".into(),
+            ..Default::default()
+        });
+        let text = refused.unwrap_err().to_string();
+        assert!(
+            text.contains("linux.memory_limit_in_bytes") && text.contains("linux.cpuset_cpus"),
+            "{text}"
+        );
     }
 
     #[test]

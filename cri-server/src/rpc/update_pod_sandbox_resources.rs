@@ -1,0 +1,29 @@
+//! UpdatePodSandboxResources: the sum of a pod's limits has changed. kubelet has changed the pod's cgroup on the host itself; here it is
+//! seen to that the VM can hold the new sum.
+
+use caisson_cri_api::v1;
+use caisson_sandbox::limits::PodLimitChange;
+
+use super::service::id;
+use crate::{
+    outcome::note,
+    runtime::Runtime,
+    status::RpcError,
+    translate::{self, Refusals},
+};
+
+pub(super) async fn handle(
+    runtime: &Runtime,
+    request: v1::UpdatePodSandboxResourcesRequest,
+) -> Result<v1::UpdatePodSandboxResourcesResponse, RpcError> {
+    let sandbox = id("pod_sandbox_id", &request.pod_sandbox_id)?;
+    note("sandbox.id", sandbox);
+    let mut refusals = Refusals::default();
+    let change = PodLimitChange {
+        limits: translate::pod_limits(request.resources.as_ref(), "resources", &mut refusals),
+        overhead: translate::pod_limits(request.overhead.as_ref(), "overhead", &mut refusals),
+    };
+    let change = refusals.settle(change)?;
+    runtime.sandboxes.resize(sandbox, change).await?;
+    Ok(v1::UpdatePodSandboxResourcesResponse {})
+}
