@@ -2,13 +2,11 @@
 # Fetches packages of another Debian suite without changing the host's apt: own sources list, own lists, own cache.
 #
 #   debian-suite.sh SUITE DIRECTORY PACKAGE...
+#   debian-suite.sh --archive        prints the archive's address
 #
 # Leaves the packages' .deb files in DIRECTORY. PACKAGE may be a shell pattern (linux-image-6.12.*-cloud-amd64): the newest match is
 # taken. The archive's address and key are those that this host's own sources use.
 set -euo pipefail
-
-suite=$1 destination=$2
-shift 2
 
 # The first Debian archive among the host's sources, in either format; security and vendor archives are not Debian's main one.
 archive() {
@@ -19,6 +17,13 @@ archive() {
 }
 uri=$(archive || true)
 [ -n "$uri" ] || { echo "debian-suite: no Debian archive among this host's apt sources (/etc/apt)" >&2; exit 1; }
+if [ "$1" = --archive ]; then
+    echo "$uri"
+    exit
+fi
+
+suite=$1 destination=$2
+shift 2
 
 state="$destination/.apt/$suite"
 mkdir -p "$state/lists/partial" "$state/cache/archives/partial" "$state/etc"

@@ -7,6 +7,7 @@ packages=(
     flex bison bc libelf-dev libssl-dev lz4 zstd xz-utils kmod cpio  # guest kernel and initramfs
     qemu-system-x86 e2fsprogs iproute2 iptables          # run
     containernetworking-plugins docker-registry busybox  # test peers
+    mmdebstrap debian-archive-keyring openssh-client  # node VM
     ca-certificates curl
 )
 
