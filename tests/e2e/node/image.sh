@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the node: kernel, initramfs and root file system of a Debian machine that can run VMs. Root only, cached.
 #
-#   image.sh        prints the directory that has vmlinuz, initramfs.cpio and root.ext4
+#   image.sh        prints the directory that has vmlinux, initramfs.cpio and root.ext4
 #
 # Debian 12 with systemd and the unified cgroup hierarchy, the kernel of bookworm-backports (not its cloud flavour, which lacks 9p), the
 # peers that the tests talk to. Made again when this directory changes; delete ${CAISSON_CACHE:-~/.cache/caisson}/node-* for newer packages.
@@ -14,7 +14,7 @@ cache=${CAISSON_CACHE:-$HOME/.cache/caisson}
 packages=(
     systemd-sysv dbus udev kmod procps e2fsprogs       # a machine
     openssh-server                                     # how commands get in and results out
-    iproute2 iptables nftables containernetworking-plugins docker-registry socat busybox ca-certificates  # what tests use
+    iproute2 iptables nftables containernetworking-plugins docker-registry socat busybox ca-certificates gcc libc6-dev  # what tests use
     qemu-system-x86 libelf1                            # the other driver
     fio iperf3 strace                                  # measuring and looking
 )
@@ -49,7 +49,7 @@ if [ -e "$node/root.ext4" ]; then
     echo "$node"
     exit
 fi
-for tool in mmdebstrap mke2fs depmod cpio; do
+for tool in mmdebstrap mke2fs depmod cpio zstd; do
     command -v $tool >/dev/null || { echo "node image: $tool is missing: run make setup" >&2; exit 1; }
 done
 echo "node image: building $node (about 3 minutes)" >&2
@@ -86,7 +86,14 @@ while read -r path; do
 done <"$work/wanted"
 cp "$tree"/modules.{order,builtin,builtin.modinfo} "$root/lib/modules/$release/"
 depmod -b "$root" "$release"
-cp "$work"/kernel/boot/vmlinuz-* "$work/result/vmlinuz"
+
+# The kernel as ELF for PVH: neither firmware nor decompression under emulation. Its compressed form is one of the places that look
+# like a zstd frame.
+LC_ALL=C grep -obUaP '\x28\xb5\x2f\xfd' "$work"/kernel/boot/vmlinuz-* | cut -d: -f1 | while read -r offset; do
+    tail -c+$((offset + 1)) "$work"/kernel/boot/vmlinuz-* | zstd -dcq 2>/dev/null >"$work/result/vmlinux" || true # what follows the frame is noise
+    if [ "$(head -c4 "$work/result/vmlinux" | tail -c3)" = ELF ]; then break; fi
+done
+[ -s "$work/result/vmlinux" ] || { echo "node image: no ELF kernel inside $deb" >&2; exit 1; }
 
 # First user space: the disk's modules, the disk, and over to systemd.
 mkdir -p "$work"/initramfs/{bin,dev,proc,sys,root,lib64,modules}
@@ -119,7 +126,7 @@ mount --move /proc /root/proc
 exec switch_root /root /sbin/init
 INIT
 chmod +x "$work/initramfs/init"
-(cd "$work/initramfs" && find . | cpio --quiet -o -H newc) >"$work/result/initramfs.cpio"
+(cd "$work/initramfs" && find . | sort | cpio --quiet -o -H newc) >"$work/result/initramfs.cpio"
 
 # The machine's own settings; services that a node in a VM has no use for go.
 cp -rT "$here/root" "$root"
@@ -127,9 +134,12 @@ ln -sf /etc/systemd/system/node.service "$root/etc/systemd/system/multi-user.tar
 ln -sf /usr/lib/systemd/system/multi-user.target "$root/etc/systemd/system/default.target"
 rm -f "$root"/etc/systemd/system/*.wants/{docker-registry,nftables,fstrim,apt-*,dpkg-*,e2scrub*,ssh,iperf3,remote-fs}* \
     "$root"/etc/systemd/system/sysinit.target.wants/systemd-pstore.service
-for unit in getty@tty1 serial-getty@ttyS0 apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap \
-    fstrim.timer ssh docker-registry systemd-update-utmp systemd-journal-flush systemd-random-seed systemd-hwdb-update \
-    systemd-machine-id-commit ldconfig systemd-networkd logrotate.timer systemd-ask-password-wall.path systemd-pstore dev-hugepages.mount; do
+for unit in getty.target serial-getty@ttyS0 apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap \
+    fstrim.timer ssh docker-registry logrotate.timer systemd-tmpfiles-clean.timer dev-hugepages.mount proc-sys-fs-binfmt_misc.automount \
+    systemd-{udevd,udev-trigger,udevd-control.socket,udevd-kernel.socket,hwdb-update,modules-load,sysusers,firstboot,repart,binfmt,sysctl} \
+    systemd-{update-utmp,update-utmp-runlevel,journal-flush,random-seed,machine-id-commit,pstore,networkd,user-sessions,logind,pcrphase,pcrphase-sysinit} \
+    systemd-{ask-password-wall.path,ask-password-console.path,journald-audit.socket,initctl.socket,tmpfiles-setup-dev} kmod-static-nodes ldconfig \
+    modprobe@{configfs,dm_mod,drm,fuse,loop,efi_pstore}; do
     [[ $unit == *.* ]] || unit=$unit.service
     ln -sfn /dev/null "$root/etc/systemd/system/$unit"
 done

@@ -32,8 +32,8 @@ launch() { # port
     # shellcheck disable=SC2086
     setsid "$qemu" -nodefaults -no-user-config -display none -no-reboot -name "caisson-node-$name" \
         -machine q35 -accel tcg,thread=multi -cpu max,+svm,+npt -smp "${NODE_CPUS:-2}" -m "${NODE_MEMORY:-4G}" \
-        -kernel "$image/vmlinuz" -initrd "$image/initramfs.cpio" \
-        -append "console=ttyS0 quiet loglevel=4 clearcpuid=cx16 mitigations=off audit=0 selinux=0 apparmor=0 net.ifnames=0 systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 random.trust_cpu=on panic=-1 tsc=reliable nowatchdog rcupdate.rcu_expedited=1" \
+        -kernel "$image/vmlinux" -initrd "$image/initramfs.cpio" \
+        -append "console=ttyS0 quiet loglevel=4 clearcpuid=cx16 mitigations=off audit=0 lsm=landlock,bpf nokaslr net.ifnames=0 systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 random.trust_cpu=on panic=-1 tsc=reliable nowatchdog rcupdate.rcu_expedited=1" \
         -drive "if=none,id=root,file=$image/root.ext4,format=raw,snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap" -device virtio-blk-pci,drive=root \
         -device virtio-rng-pci -serial "file:$state/console" -monitor none \
         -netdev "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:$1-:22" -device virtio-net-pci,netdev=net,romfile= \
@@ -51,7 +51,7 @@ start() {
     flock 9
     if up; then return; fi
     command -v ssh >/dev/null || { echo "node: ssh is missing: run make setup" >&2; exit 1; }
-    image=${NODE_IMAGE:-$("$here/image.sh")}
+    image=$("$here/image.sh")
     rm -rf "$state"/{exchange,key,key.pub,host_key*,known_hosts,control,ready,console,pid,port}
     mkdir -p "$state/exchange"
     ssh-keygen -q -t ed25519 -N '' -C node -f "$state/key"
@@ -75,7 +75,7 @@ start() {
         sleep 0.1
     done
     touch "$state/ready"
-    echo "node: up in $((SECONDS - begin)) s" >&2
+    awk -v s=$((SECONDS - begin)) '{ printf "node: up in %d s (%.0f s of CPU time)\n", s, ($14 + $15) / 100 }' "/proc/$(cat "$state/pid")/stat" >&2
     exec 9>&-
 }
 
