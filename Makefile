@@ -2,7 +2,8 @@
 #
 #   make demo     a real pod in a real VM, from nothing; about 6 minutes the first time
 #   make test     every test, end to end ones included
-#   make node-shell  a shell in the node VM, where KVM works (tests/e2e/node)
+#   make e2e-node the end-to-end tests inside a node VM, where KVM works; NODE_TESTS='pods isolation' for some of them
+#   make node-shell  a shell in that VM
 #   make check    formatting and lints
 #   make critest  cri-tools' conformance tests, judged by docs/conformance.md; CRITEST='--focus REGEXP' for some of them
 #   make bench    figures for docs/performance.md
@@ -19,7 +20,7 @@ GUEST := guest/out
 RUN ?= /tmp/caisson
 CARGO ?= cargo
 
-.PHONY: help setup build agent guest guest-tuned demo test unit e2e e2e-tuned check bench run registry crictl critest node-shell
+.PHONY: help setup build agent guest guest-tuned demo test unit e2e e2e-tuned check bench run registry crictl critest node-shell e2e-node
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -62,6 +63,10 @@ e2e: build guest crictl
 e2e-tuned: build guest-tuned crictl
 	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
 		$(CARGO) test --release -p caisson-e2e --test pods --test containers --test logs --test isolation --test workloads -- --test-threads=1
+
+# A VM that is a real node: what tests see of KVM, cgroup v2 and systemd comes from it.
+e2e-node: build guest-tuned crictl
+	@./tests/e2e/node/suite.sh $(NODE_TESTS)
 
 # A real node as a VM, KVM included; stays up until `tests/e2e/node/run.sh --stop`.
 node-shell: setup

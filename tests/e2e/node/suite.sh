@@ -1,0 +1,67 @@
+#!/bin/bash
+# The end-to-end suite inside a fresh node, with KVM. Needs what `make build guest-tuned crictl` leaves.
+#
+#   suite.sh            every test binary of tests/e2e that a node can run
+#   suite.sh NAME...    these alone (pods, isolation, ...); NAME=FILTER runs the tests of NAME that contain FILTER
+#
+# Output comes as it happens. Ends with the sum of all, and with an error when a test failed or a binary ended without a result. The guest is
+# the tuned kernel's unless CAISSON_KERNEL and CAISSON_INITRAMFS say otherwise. Results stay in target/node: one log for each binary,
+# the node's console and kernel log.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+checkout=$(cd "$here/../../.." && pwd)
+cd "$checkout"
+results=target/node
+export CAISSON_KERNEL=${CAISSON_KERNEL:-$checkout/guest/out/tuned/vmlinux} CAISSON_INITRAMFS=${CAISSON_INITRAMFS:-$checkout/guest/out/tuned/initramfs.cpio}
+export NODE_NAME=${NODE_NAME:-suite-$$}
+
+rm -rf "$results"
+mkdir -p "$results"
+# Cargo compiles; only executables go in. architecture asks cargo, which a node has not.
+${CARGO:-cargo} test --release -p caisson-e2e --no-run --message-format=json-render-diagnostics >"$results/cargo.json" || exit 1
+declare -A executables
+while IFS=$'\t' read -r name path; do
+    executables[$name]=$path
+done < <(sed -nE '/"kind":\["test"\]/s/.*"name":"([a-z_0-9]+)","src_path".*"executable":"([^"]+)".*/\1\t\2/p' "$results/cargo.json")
+[ ${#executables[@]} -gt 0 ] || { echo "node suite: cargo named no test executables" >&2; exit 1; }
+./target/release/packages || exit 1
+
+wanted=("$@")
+if [ $# = 0 ]; then
+    mapfile -t wanted < <(printf '%s\n' "${!executables[@]}" | grep -vx architecture | sort)
+    echo "node suite: architecture is left out: it asks cargo, which a node has not; make e2e runs it"
+fi
+
+began=$SECONDS
+trap '"$here/run.sh" --stop' EXIT
+"$here/run.sh" --start || exit 1
+"$here/run.sh" ./target/release/caissond --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | tee "$results/check.log"
+passed=0 failed=0 skipped=0 broken=()
+for one in "${wanted[@]}"; do
+    name=${one%%=*} filter=()
+    [ "$name" = "$one" ] || filter=("${one#*=}")
+    if [ -z "${executables[$name]-}" ]; then
+        echo "node suite: there is no test binary $name" >&2
+        exit 2
+    fi
+    echo "=== $name, inside the node, at $((SECONDS - began)) s"
+    "$here/run.sh" "${executables[$name]}" --test-threads=1 "${filter[@]}" 2>&1 | tee "$results/$name.log"
+    code=${PIPESTATUS[0]}
+    line=$(grep -E '^test result: ' "$results/$name.log" | tail -n 1)
+    if [[ $line =~ ([0-9]+)\ passed\;\ ([0-9]+)\ failed\;\ ([0-9]+)\ ignored ]]; then
+        passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2])) skipped=$((skipped + BASH_REMATCH[3]))
+    fi
+    if [ "$code" != 0 ] || [ -z "$line" ]; then
+        broken+=("$name ($code)")
+        "$here/run.sh" dmesg 2>/dev/null | tail -n 30
+    fi
+done
+"$here/run.sh" dmesg >"$results/dmesg.log" 2>/dev/null
+awk -v s=$((SECONDS - began)) 'BEGIN { printf "node suite: %.1f min\n", s / 60 }'
+if [ ${#broken[@]} -gt 0 ]; then
+    echo "node suite: failed: ${broken[*]}; see $results"
+    [ $failed -gt 0 ] || failed=1
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ] && [ $passed -gt 0 ]
