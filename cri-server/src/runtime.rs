@@ -30,7 +30,13 @@ impl Runtime {
     /// Deletes the disks of removed images that no container uses any more. A failure is told and tried again next time.
     pub async fn collect_images(&self) {
         let in_use = self.sandboxes.images_in_use().await;
-        if let Err(error) = self.images.collect(&in_use).await {
+        if !in_use.complete {
+            tracing::warn!(
+                "disks of removed images stay: a record that cannot be read does not say which one is in use"
+            );
+            return;
+        }
+        if let Err(error) = self.images.collect(&in_use.ids).await {
             tracing::warn!(error = chain(&error), "disks of removed images stay");
         }
     }

@@ -27,7 +27,7 @@ use crate::{
     container::Live,
     entry::{self, Entry, Fate, Work},
     events::{self, Picture, Told},
-    journal::{PodPhase, PodRecord},
+    journal::{KeptImages, PodPhase, PodRecord},
     registry::{Handle, Node, Outcome, Registry, Reply, Request, Snapshot, Terminate},
     undo::UndoStack,
     view::{SandboxState, SandboxView},
@@ -78,12 +78,16 @@ pub(crate) struct Actor {
     pub(crate) record: PodRecord,
     pub(crate) state: State,
     /// Why it is not ready, for people.
-    why: Option<String>,
+    pub(crate) why: Option<String>,
     /// `None` while boot or clean-up has it.
     undo: Option<UndoStack>,
     vm: Option<Arc<dyn Vm>>,
+    /// The VM runs, but its agent has not answered yet.
+    unheard: bool,
     pub(crate) live: Option<Live>,
     pub(crate) containers: BTreeMap<ContainerId, Entry>,
+    /// Images that records mention which cannot be read.
+    kept_images: KeptImages,
     waiters: Waiters,
     boot_cancel: Option<oneshot::Sender<()>>,
     boot_error: Option<SandboxError>,
@@ -101,6 +105,7 @@ pub(crate) struct Remains {
     pub(crate) vm: Option<Arc<dyn Vm>>,
     pub(crate) live: Option<Live>,
     pub(crate) containers: BTreeMap<ContainerId, Entry>,
+    pub(crate) kept_images: KeptImages,
 }
 
 impl Actor {
@@ -113,6 +118,7 @@ impl Actor {
             vm: None,
             live: None,
             containers: BTreeMap::new(),
+            kept_images: KeptImages::default(),
         };
         let (mut actor, mut inbox, handle) = Self::adopt(node, registry, record, remains);
         let (progress, events) = mpsc::channel(BOOT_EVENTS);
@@ -147,6 +153,7 @@ impl Actor {
             listed: false,
             containers: Vec::new(),
             images: Vec::new(),
+            images_complete: true,
         };
         let (snapshot, snapshot_out) = watch::channel(Arc::new(empty));
         let mut actor = Self {
@@ -157,8 +164,10 @@ impl Actor {
             why: remains.why,
             undo: Some(remains.undo),
             vm: None,
+            unheard: remains.vm.is_some() && remains.live.is_none(),
             live: remains.live,
             containers: remains.containers,
+            kept_images: remains.kept_images,
             waiters: Waiters::default(),
             boot_cancel: None,
             boot_error: None,
@@ -237,9 +246,10 @@ impl Actor {
         match exit {
             Ok(exit) => {
                 tracing::error!(reason = exit.reason, "VM ended");
-                if self.state == State::Ready {
+                if self.state == State::Ready || self.unheard_vm().is_some() {
                     self.why = Some(format!("its VM ended: {}", exit.reason));
                 }
+                self.unheard = false;
                 self.apply(Event::VmExited).await;
             }
             Err(error) => self.child_failed(&error),
@@ -327,7 +337,7 @@ impl Actor {
         }
     }
 
-    async fn apply(&mut self, event: Event) {
+    pub(crate) async fn apply(&mut self, event: Event) {
         let before = self.state;
         let (next, effects) = sandbox::step(before, event);
         self.state = next;
@@ -417,6 +427,12 @@ impl Actor {
         }
     }
 
+    /// The VM whose agent is still to be heard.
+    pub(crate) fn unheard_vm(&self) -> Option<Arc<dyn Vm>> {
+        let waits = self.unheard && self.state == State::Broken && self.live.is_none();
+        self.vm.clone().filter(|_| waits)
+    }
+
     fn hold(&mut self, vm: Arc<dyn Vm>) {
         let watched = vm.clone();
         self.children.vm.spawn(async move { watched.wait().await });
@@ -459,7 +475,9 @@ impl Actor {
                 .values()
                 .filter(|entry| entry.state != container::State::Removed)
                 .map(|entry| entry.record.spec.image.id.clone())
+                .chain(self.kept_images.ids.iter().cloned())
                 .collect(),
+            images_complete: self.kept_images.complete,
         };
         let snapshot = Arc::new(snapshot);
         self.snapshot.send_replace(snapshot.clone());

@@ -23,6 +23,7 @@ use crate::{
     ContainerId, EXEC_OUTPUT_LIMIT, SandboxError, files, guest,
     journal::blocking,
     spec::{ContainerSpec, ExecOutput, ExecSpec},
+    view::LinuxUser,
 };
 
 /// How long the end of a container waits for its output to reach the log.
@@ -286,6 +287,23 @@ fn write_termination(path: &Path, message: &[u8]) -> Result<(), SandboxError> {
         "write termination message to {}",
         path.display()
     )))
+}
+
+/// The user as a container was started.
+pub(crate) fn user(started: &guest::StartContainerReply) -> LinuxUser {
+    LinuxUser {
+        uid: started.uid,
+        gid: started.gid,
+        supplemental_gids: started.supplemental_gids.clone(),
+    }
+}
+
+/// When it was started.
+pub(crate) fn start_time(started: &guest::StartContainerReply) -> SystemTime {
+    match started.started_at_nanos {
+        0 => SystemTime::now(),
+        nanos => time(nanos),
+    }
 }
 
 /// A time as the guest says it.

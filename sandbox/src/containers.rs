@@ -15,7 +15,7 @@ use crate::{
     journal::{ContainerPhase, ContainerRecord},
     registry::{Reply, Request},
     spec::ContainerSpec,
-    view::{ContainerState, ContainerView, LinuxUser},
+    view::{ContainerState, ContainerView},
 };
 
 /// Tasks for containers that may run at a time in one pod.
@@ -33,6 +33,7 @@ impl Actor {
         for id in running {
             self.watch(&id);
         }
+        self.seek_agent();
     }
 
     pub(crate) async fn request(&mut self, asked: Request) {
@@ -238,7 +239,7 @@ impl Actor {
         }
     }
 
-    fn output(&self, id: &ContainerId) -> Option<Output> {
+    pub(crate) fn output(&self, id: &ContainerId) -> Option<Output> {
         let entry = self.containers.get(id)?;
         Some(Output {
             log: entry.record.spec.log_file(&self.record.spec.log_directory),
@@ -254,7 +255,7 @@ impl Actor {
     }
 
     /// Follows a running container to its end.
-    fn watch(&mut self, id: &ContainerId) {
+    pub(crate) fn watch(&mut self, id: &ContainerId) {
         let Some(live) = self.live.clone() else { return };
         let Some(entry) = self.containers.get(id) else {
             return;
@@ -286,6 +287,8 @@ impl Actor {
             }
             Work::Removed { id, result } => self.removed(&id, result).await,
             Work::Updated { id, result } => self.updated(&id, result).await,
+            Work::Reached(reached) => self.reached(*reached).await,
+            Work::TakenUp { id, log } => self.taken_up(&id, log),
             Work::Answered => {}
         }
         self.publish();
@@ -353,16 +356,8 @@ impl Actor {
             Ok(started) => {
                 let Started { reply: told, log } = *started;
                 entry.log = Some(log);
-                entry.record.user = Some(LinuxUser {
-                    uid: told.uid,
-                    gid: told.gid,
-                    supplemental_gids: told.supplemental_gids,
-                });
-                let at = if told.started_at_nanos == 0 {
-                    SystemTime::now()
-                } else {
-                    container::time(told.started_at_nanos)
-                };
+                entry.record.user = Some(container::user(&told));
+                let at = container::start_time(&told);
                 self.advance(id, Event::Started { at }).await;
                 self.watch(id);
                 Ok(())

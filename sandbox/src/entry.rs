@@ -15,6 +15,7 @@ use crate::{
     guest,
     journal::{ContainerPhase, ContainerRecord},
     limits::LimitChange,
+    reach::Reached,
     registry::Reply,
     view::ContainerState,
 };
@@ -44,6 +45,13 @@ pub(crate) enum Work {
         id: ContainerId,
         /// The limits that it has now.
         result: Result<Box<guest::Resources>, SandboxError>,
+    },
+    /// The agent of a VM that was silent has answered.
+    Reached(Box<Reached>),
+    /// A container of such a VM is followed again, unless its log cannot be.
+    TakenUp {
+        id: ContainerId,
+        log: Option<Arc<ContainerLog>>,
     },
     /// It has answered its caller itself.
     Answered,

@@ -221,6 +221,31 @@ impl Journal {
         }
     }
 
+    /// What a pod's container records say of images, for those among them that cannot be read, or for all.
+    pub(crate) fn kept_images(&self, pod: &SandboxId, all: bool) -> KeptImages {
+        let mut kept = KeptImages::default();
+        let Ok(dirs) = list(&self.pod_dir(pod).join("containers")) else {
+            kept.complete = false;
+            return kept;
+        };
+        for path in dirs.into_iter().map(|dir| dir.join(RECORD)) {
+            if !all && read::<ContainerRecord>(&path).is_ok() {
+                continue;
+            }
+            match fs::read(&path) {
+                Ok(bytes) => {
+                    let mut found = mentioned_images(&bytes);
+                    kept.complete &= !found.is_empty();
+                    kept.ids.append(&mut found);
+                }
+                // Made, and the daemon ended before its first record.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(_) => kept.complete = false,
+            }
+        }
+        kept
+    }
+
     /// Every container of a pod that can be read, and for each that cannot the reason.
     pub(crate) fn read_containers(&self, pod: &SandboxId) -> (Vec<ContainerRecord>, Vec<SandboxError>) {
         let (mut records, mut failures) = (Vec::new(), Vec::new());
@@ -237,6 +262,35 @@ impl Journal {
         }
         (records, failures)
     }
+}
+
+/// Images that records mention which cannot be read: they may be in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct KeptImages {
+    pub(crate) ids: Vec<String>,
+    /// False when a record does not even mention one.
+    pub(crate) complete: bool,
+}
+
+impl Default for KeptImages {
+    fn default() -> Self {
+        Self {
+            ids: Vec::new(),
+            complete: true,
+        }
+    }
+}
+
+/// Ids of images that a damaged record mentions.
+fn mentioned_images(bytes: &[u8]) -> Vec<String> {
+    const PREFIX: &[u8] = b"sha256:";
+    const DIGITS: usize = 64;
+    let hex = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
+    bytes
+        .windows(PREFIX.len() + DIGITS)
+        .filter(|window| window.starts_with(PREFIX) && window.iter().skip(PREFIX.len()).all(hex))
+        .map(|window| String::from_utf8_lossy(window).into_owned())
+        .collect()
 }
 
 /// Whether this could be an id that we gave.

@@ -18,6 +18,7 @@ mod identity;
 mod journal;
 pub mod limits;
 mod networks;
+mod reach;
 mod recovery;
 mod registry;
 mod scratch;
@@ -88,6 +89,15 @@ pub struct SandboxesConfig {
     pub boot_deadline: Duration,
     /// For each call to the agent.
     pub agent_deadline: Duration,
+}
+
+/// Images whose disks containers use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImagesInUse {
+    /// Ids, sorted.
+    pub ids: Vec<String>,
+    /// False when there may be others: a record that cannot be read does not say which.
+    pub complete: bool,
 }
 
 /// All pods of this node. Cheap to clone; methods only message actors, so dropping a returned future loses nothing.
@@ -365,15 +375,19 @@ impl Sandboxes {
     }
 
     /// Image disks that containers use, so that image removal keeps them.
-    pub async fn images_in_use(&self) -> Vec<String> {
-        let handles = self.inner.registry.handles();
-        let mut images: Vec<String> = handles
-            .into_iter()
-            .flat_map(|handle| handle.latest().images.clone())
-            .collect();
-        images.sort();
-        images.dedup();
-        images
+    pub async fn images_in_use(&self) -> ImagesInUse {
+        let mut all = ImagesInUse {
+            ids: Vec::new(),
+            complete: true,
+        };
+        for handle in self.inner.registry.handles() {
+            let latest = handle.latest();
+            all.ids.extend(latest.images.iter().cloned());
+            all.complete &= latest.images_complete;
+        }
+        all.ids.sort();
+        all.ids.dedup();
+        all
     }
 
     fn closing(&self) -> bool {

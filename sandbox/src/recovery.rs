@@ -4,7 +4,7 @@
 //! record        host and guest say             then
 //! booting       (not asked)                    rolled back: processes by their mark, network, files
 //! ready         VM runs, agent answers         ready again; containers as the guest has them, logs from their checkpoints
-//! ready         VM runs, agent does not        NOTREADY, containers unknown; stop kills the VM
+//! ready         VM runs, agent does not        NOTREADY, containers unknown; asked again until it answers (reach.rs); stop kills the VM
 //! ready         VM gone (also: host rebooted)  NOTREADY, containers exited
 //! stopped                                      listed as before
 //! unreadable                                   NOTREADY under its id, kept until somebody removes it
@@ -16,26 +16,26 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use caisson_guest::GuestClient;
 use caisson_hypervisor::Vm;
-use caisson_lifecycle::{container, exit, sandbox::State};
+use caisson_lifecycle::{container as life, exit, sandbox::State};
 use tokio::task::JoinSet;
 
 use crate::{
     ContainerId, SandboxError, SandboxId,
     actor::{Actor, Remains},
     boot::while_vm_lives,
-    container::{Live, Output, discard},
+    container::{self, Live, Output, discard},
     entry::Entry,
     guest,
-    journal::{ContainerPhase, ContainerRecord, PodPhase, PodRecord, blocking},
+    journal::{ContainerPhase, ContainerRecord, KeptImages, PodPhase, PodRecord, blocking},
+    reach,
     registry::{Node, Registry},
     spec,
     undo::UndoStack,
 };
 
 /// How long the agent of an adopted VM may take to answer.
-const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A pod that is to be served again.
 struct Recovered {
@@ -84,21 +84,30 @@ async fn pod(node: &Arc<Node>, id: SandboxId) -> Option<Recovered> {
     let journal = node.journal.clone();
     let read_id = id.clone();
     let read = blocking(move || {
-        let record = journal.read_pod(&read_id)?;
-        Ok((record, journal.read_containers(&read_id)))
+        let record = journal.read_pod(&read_id);
+        let kept = journal.kept_images(&read_id, record.is_err());
+        Ok((record, journal.read_containers(&read_id), kept))
     });
-    let (record, (containers, unreadable)) = match read.await {
-        Ok(read) => read,
-        Err(error) => {
+    let (record, (containers, unreadable), kept) = match read.await {
+        Ok((Ok(record), containers, kept)) => (record, containers, kept),
+        Ok((Err(error), _, kept)) => {
             tracing::error!(sandbox.id = %id.0, error = %error.chain(), "record kept as it is");
-            return Some(unreadable_pod(id, &error));
+            return Some(unreadable_pod(id, &error, kept));
+        }
+        Err(error) => {
+            tracing::error!(sandbox.id = %id.0, error = %error.chain(), "record not read");
+            let nothing_known = KeptImages {
+                ids: Vec::new(),
+                complete: false,
+            };
+            return Some(unreadable_pod(id, &error, nothing_known));
         }
     };
     for error in unreadable {
         tracing::error!(sandbox.id = %id.0, error = %error.chain(), "container record kept as it is");
     }
     let mut undo = UndoStack::full(&record);
-    let remains = match record.phase {
+    let mut remains = match record.phase {
         PodPhase::Booting => {
             let failures = undo.unwind(node, &record, None, true).await;
             if failures.is_empty() {
@@ -121,9 +130,11 @@ async fn pod(node: &Arc<Node>, id: SandboxId) -> Option<Recovered> {
             vm: None,
             live: None,
             containers: lost(node, &record, containers, "its pod sandbox was stopped").await,
+            kept_images: KeptImages::default(),
         },
         PodPhase::Ready => ready(node, &record, containers).await,
     };
+    remains.kept_images = kept;
     Some(Recovered {
         record,
         named: true,
@@ -145,18 +156,9 @@ async fn ready(node: &Arc<Node>, record: &PodRecord, containers: Vec<ContainerRe
         }
     };
     let limit = RECONNECT_DEADLINE.min(node.config.boot_deadline);
-    let asked = while_vm_lives(&vm, &record.id.0, async {
-        let (guest, _) = GuestClient::connect(vm.vsock(), limit)
-            .await
-            .map_err(SandboxError::guest("reach its agent"))?;
-        let known = guest
-            .list_containers(limit)
-            .await
-            .map_err(SandboxError::guest("list its containers"))?;
-        Ok((guest, known))
-    });
-    let (guest, known) = match asked.await {
-        Ok(answer) => answer,
+    let asked = while_vm_lives(&vm, &record.id.0, reach::attempt(&vm, limit));
+    let (guest, known) = match Box::pin(asked).await {
+        Ok(reached) => reached.into_parts(),
         Err(error @ SandboxError::VmDied { .. }) => {
             return broken(node, record, containers, error.chain()).await;
         }
@@ -170,6 +172,7 @@ async fn ready(node: &Arc<Node>, record: &PodRecord, containers: Vec<ContainerRe
                 vm: Some(vm),
                 live: None,
                 containers,
+                kept_images: KeptImages::default(),
             };
         }
     };
@@ -187,6 +190,7 @@ async fn ready(node: &Arc<Node>, record: &PodRecord, containers: Vec<ContainerRe
         vm: Some(vm),
         live: Some(live),
         containers,
+        kept_images: KeptImages::default(),
     }
 }
 
@@ -207,36 +211,42 @@ async fn reconcile(
             discard(live, &id, &[]).await;
         }
     }
+    reach::end_commands(live, known).await;
     let mut entries = BTreeMap::new();
     for mut record in records {
-        let phase = known
-            .iter()
-            .find(|info| info.container_id == record.id.0)
-            .map(guest::ContainerInfo::phase);
-        let was = record.phase.clone();
-        record.phase = match (was.clone(), phase) {
-            (ContainerPhase::Exited(exit), _) => ContainerPhase::Exited(exit),
-            (_, None) => ContainerPhase::Exited(exit::vm_gone(
-                started_at(&was),
-                SystemTime::now(),
-                "the guest does not know it",
-            )),
-            (ContainerPhase::Created, Some(guest::ContainerPhase::ContainerCreated)) => {
-                ContainerPhase::Created
-            }
-            // It was started just before the daemon ended; when exactly is not known.
-            (ContainerPhase::Created, Some(_)) => ContainerPhase::Running {
-                started_at: SystemTime::now(),
-            },
-            (running, Some(_)) => running,
-        };
-        if record.phase != was {
+        if join(&mut record, known) {
             remember(node, pod, &record).await;
         }
         let (id, entry) = as_recorded(record);
         entries.insert(id.clone(), resume_log(node, pod, live, &id, entry).await);
     }
     entries
+}
+
+/// Brings a record to where the guest has its container; true when that changed it.
+pub(crate) fn join(record: &mut ContainerRecord, known: &[guest::ContainerInfo]) -> bool {
+    let info = known.iter().find(|info| info.container_id == record.id.0);
+    let was = record.phase.clone();
+    record.phase = match (was.clone(), info) {
+        (ContainerPhase::Exited(exit), _) => ContainerPhase::Exited(exit),
+        (_, None) => ContainerPhase::Exited(exit::vm_gone(
+            started_at(&was),
+            SystemTime::now(),
+            "the guest does not know it",
+        )),
+        (ContainerPhase::Created, Some(info)) => match &info.started {
+            None => ContainerPhase::Created,
+            // It was started just before the daemon ended.
+            Some(started) => {
+                record.user = Some(container::user(started));
+                ContainerPhase::Running {
+                    started_at: container::start_time(started),
+                }
+            }
+        },
+        (running, Some(_)) => running,
+    };
+    record.phase != was
 }
 
 async fn resume_log(
@@ -246,7 +256,7 @@ async fn resume_log(
     id: &ContainerId,
     mut entry: Entry,
 ) -> Entry {
-    if !matches!(entry.state, container::State::Running { .. }) {
+    if !matches!(entry.state, life::State::Running { .. }) {
         return entry;
     }
     let spec = &entry.record.spec;
@@ -280,6 +290,7 @@ async fn broken(
         vm: None,
         live: None,
         containers,
+        kept_images: KeptImages::default(),
     }
 }
 
@@ -317,18 +328,18 @@ fn started_at(phase: &ContainerPhase) -> Option<SystemTime> {
     }
 }
 
-fn as_recorded(record: ContainerRecord) -> (ContainerId, Entry) {
+pub(crate) fn as_recorded(record: ContainerRecord) -> (ContainerId, Entry) {
     let state = match &record.phase {
-        ContainerPhase::Created => container::State::Created,
-        ContainerPhase::Running { started_at } => container::State::Running {
+        ContainerPhase::Created => life::State::Created,
+        ContainerPhase::Running { started_at } => life::State::Running {
             started_at: *started_at,
         },
-        ContainerPhase::Exited(exit) => container::State::Exited(exit.clone()),
+        ContainerPhase::Exited(exit) => life::State::Exited(exit.clone()),
     };
     (record.id.clone(), Entry::new(record, state))
 }
 
-fn unreadable_pod(id: SandboxId, error: &SandboxError) -> Recovered {
+fn unreadable_pod(id: SandboxId, error: &SandboxError, kept_images: KeptImages) -> Recovered {
     let identity = spec::PodIdentity {
         name: "unreadable-record".into(),
         namespace: String::new(),
@@ -353,6 +364,7 @@ fn unreadable_pod(id: SandboxId, error: &SandboxError) -> Recovered {
         vm: None,
         live: None,
         containers: BTreeMap::new(),
+        kept_images,
     };
     Recovered {
         record,

@@ -116,6 +116,8 @@ pub(crate) struct Snapshot {
     pub(crate) containers: Vec<ContainerView>,
     /// Ids of images in use, also by containers that are being made.
     pub(crate) images: Vec<String>,
+    /// False when there may be more, which only a record knows that cannot be read.
+    pub(crate) images_complete: bool,
 }
 
 impl Snapshot {

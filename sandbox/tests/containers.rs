@@ -125,7 +125,7 @@ async fn an_image_is_attached_once_and_slots_run_out_by_name() {
     assert_eq!(error.kind(), ErrorKind::Exhausted);
     assert!(chain(&error).contains("all 2 slots"), "{}", chain(&error));
     assert_eq!(machine.guest.containers.lock().unwrap().len(), 3);
-    assert_eq!(pods.images_in_use().await.len(), 2);
+    assert_eq!(pods.images_in_use().await.ids.len(), 2);
 }
 
 #[tokio::test]

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use caisson_sandbox::{
     ErrorKind, Sandboxes,
+    events::Change,
+    guest,
     view::{ContainerState, SandboxState},
 };
 use fake_host::{Node, container, until};
@@ -297,4 +299,161 @@ async fn a_container_of_an_unfinished_creation_is_taken_out_of_the_guest() {
             .is_empty()
     );
     pods.create_container(&pod.0, container("c")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_silent_agent_is_asked_again_and_its_pod_becomes_ready() {
+    let mut node = Node::default();
+    let pods = node.open().await;
+    let pod = pods.run(node.pod("a")).await.unwrap();
+    let guest = node.host.machine(&pod).guest.clone();
+    let runs = pods.create_container(&pod.0, container("runs")).await.unwrap();
+    let ends = pods.create_container(&pod.0, container("ends")).await.unwrap();
+    let gone = pods.create_container(&pod.0, container("gone")).await.unwrap();
+    for id in [&runs, &ends] {
+        pods.start_container(&id.0).await.unwrap();
+    }
+    pods.close().await;
+    drop(pods);
+    guest.exit(&ends.0, 3, None);
+    node.host.faults.arm("Hello hangs");
+    node.boot_deadline = Duration::from_millis(200);
+    let pods = node.open().await;
+    let mut events = pods.events().unwrap();
+    assert_eq!(pods.status(&pod.0).await.unwrap().state, SandboxState::NotReady);
+    assert_eq!(
+        pods.container_status(&runs.0).await.unwrap().state,
+        ContainerState::Unknown
+    );
+    pods.remove_container(&gone.0).await.unwrap();
+    node.host.faults.disarm("Hello hangs");
+    until("ready", || async {
+        pods.status(&pod.0).await.unwrap().state == SandboxState::Ready
+    })
+    .await;
+    assert!(matches!(
+        pods.container_status(&runs.0).await.unwrap().state,
+        ContainerState::Running { .. }
+    ));
+    until("the end is seen", || async {
+        matches!(
+            pods.container_status(&ends.0).await.unwrap().state,
+            ContainerState::Exited { exit_code: 3, .. }
+        )
+    })
+    .await;
+    // What was removed meanwhile is not left in the guest, and what runs is served as before.
+    until("discarded", || async {
+        guest.containers.lock().unwrap().len() == 2
+    })
+    .await;
+    pods.stop_container(&runs.0, Duration::from_secs(5))
+        .await
+        .unwrap();
+    let mut told = Vec::new();
+    while told.len() < 4 {
+        let event = events.next().await.unwrap().unwrap();
+        told.push((event.subject, event.change));
+    }
+    assert_eq!(told[0], (gone.0, Change::Deleted));
+    assert_eq!(told[1], (pod.0.clone(), Change::Started));
+    assert!(told[2..].contains(&(ends.0, Change::Stopped)) && told[2..].contains(&(runs.0, Change::Stopped)));
+    pods.remove(&pod.0).await.unwrap();
+    node.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn a_silent_vm_that_ends_ends_its_containers_and_one_that_is_stopped_is_not_asked_any_more() {
+    let mut node = Node::default();
+    let pods = node.open().await;
+    let (dies, stopped) = (
+        pods.run(node.pod("dies")).await.unwrap(),
+        pods.run(node.pod("stopped")).await.unwrap(),
+    );
+    let id = pods.create_container(&dies.0, container("c")).await.unwrap();
+    pods.start_container(&id.0).await.unwrap();
+    pods.close().await;
+    drop(pods);
+    node.host.faults.arm("agent hangs");
+    node.boot_deadline = Duration::from_millis(200);
+    let pods = node.open().await;
+    node.host.machine(&dies).die("was killed by signal 9");
+    until("its container has ended", || async {
+        matches!(
+            pods.container_status(&id.0).await.unwrap().state,
+            ContainerState::Exited { .. }
+        )
+    })
+    .await;
+    let why = pods.status(&dies.0).await.unwrap().info["why"].to_string();
+    assert!(why.contains("signal 9"), "{why}");
+    for pod in [dies, stopped] {
+        pods.stop(&pod.0).await.unwrap();
+        pods.remove(&pod.0).await.unwrap();
+    }
+    node.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn what_was_started_just_before_the_daemon_died_has_its_time_and_its_commands_are_ended() {
+    let node = Node::default();
+    let pods = node.open().await;
+    let pod = pods.run(node.pod("a")).await.unwrap();
+    let id = pods.create_container(&pod.0, container("c")).await.unwrap();
+    let guest = node.host.machine(&pod).guest.clone();
+    pods.close().await;
+    drop(pods);
+    {
+        // The guest had started it, and the daemon could not write that down.
+        let mut containers = guest.containers.lock().unwrap();
+        let container = containers.get_mut(&id.0).unwrap();
+        container.phase = guest::ContainerPhase::ContainerRunning;
+        container.started = Some(guest::StartContainerReply {
+            pid: 3,
+            started_at_nanos: 5_000_000_000,
+            uid: 7,
+            ..Default::default()
+        });
+        container.exec_ids = vec!["lost".into()];
+    }
+    let pods = node.open().await;
+    let view = pods.container_status(&id.0).await.unwrap();
+    let started_at = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(5);
+    assert_eq!(view.state, ContainerState::Running { started_at });
+    assert_eq!(view.user.unwrap().uid, 7);
+    assert!(guest.containers.lock().unwrap()[&id.0].exec_ids.is_empty());
+}
+
+#[tokio::test]
+async fn images_of_records_that_cannot_be_read_count_as_in_use() {
+    let node = Node::default();
+    let pods = node.open().await;
+    let pod = pods.run(node.pod("a")).await.unwrap();
+    let id = pods.create_container(&pod.0, container("c")).await.unwrap();
+    let image = format!("sha256:{}", "ab".repeat(32));
+    assert_eq!(pods.images_in_use().await.ids, [image.clone()]);
+    pods.close().await;
+    drop(pods);
+    let dir = node.root().join("pods").join(&pod.0);
+    let record = dir.join("containers").join(&id.0).join("record.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    let damaged = text.replace("\"version\": 1", "\"version\": 99");
+    assert_ne!(text, damaged);
+    std::fs::write(&record, damaged).unwrap();
+    let pods = restart(&node, node.open().await).await;
+    let in_use = pods.images_in_use().await;
+    assert_eq!((in_use.ids, in_use.complete), (vec![image.clone()], true));
+
+    // The pod's own record, too; and then not even a word of the image.
+    pods.close().await;
+    std::fs::write(dir.join("record.json"), "{").unwrap();
+    let pods = restart(&node, node.open().await).await;
+    assert_eq!(pods.images_in_use().await.ids, [image]);
+    pods.close().await;
+    std::fs::write(&record, "").unwrap();
+    let pods = restart(&node, node.open().await).await;
+    let in_use = pods.images_in_use().await;
+    assert!(in_use.ids.is_empty() && !in_use.complete);
+    pods.remove(&pod.0).await.unwrap();
+    assert!(pods.images_in_use().await.complete);
 }

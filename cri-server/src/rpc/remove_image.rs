@@ -12,6 +12,11 @@ pub(super) async fn handle(
     let reference = image_name(request.image.as_ref())?;
     note("image", &reference);
     let in_use = runtime.sandboxes.images_in_use().await;
-    runtime.images.remove(&reference, &in_use).await?;
+    let mut ids = in_use.ids;
+    if !in_use.complete {
+        // It may be the one that a record without a readable word is about.
+        ids.extend(runtime.images.get(&reference).await?.map(|image| image.id));
+    }
+    runtime.images.remove(&reference, &ids).await?;
     Ok(v1::RemoveImageResponse {})
 }

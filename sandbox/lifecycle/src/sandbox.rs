@@ -6,6 +6,7 @@
 //!                                           boot failed or stopped: Stopping, then Removed, Stopped or Broken
 //! ```
 //!
+//! A pod whose VM runs, but was not heard of by a new daemon, is `Broken` until its agent answers; then it is `Ready` again.
 //! `Stopping` carries what is wanted in the end. Clean-up starts only when the boot has ended (it hands its undo stack back), and
 //! never twice at a time. `Broken` is a pod whose VM ended by itself, or whose clean-up failed: it waits for StopPodSandbox.
 
@@ -72,6 +73,8 @@ pub enum Event {
     BootFailed,
     /// The VM of a booted pod ended.
     VmExited,
+    /// The agent of a VM that an earlier daemon has booted answers at last.
+    AgentFound,
     /// StopPodSandbox.
     StopAsked,
     /// RemovePodSandbox.
@@ -140,7 +143,9 @@ pub fn step(state: State, event: Event) -> (State, Vec<Effect>) {
                 Do::KillContainers,
             ],
         ),
-        (S::Ready, Event::VmExited) => (S::Broken, vec![Do::LoseContainers]),
+        // A VM whose agent was not heard may end, too.
+        (S::Ready | S::Broken, Event::VmExited) => (S::Broken, vec![Do::LoseContainers]),
+        (S::Broken, Event::AgentFound) => (S::Ready, vec![]),
         (S::Ready | S::Broken, Event::StopAsked) => (
             stopping(Goal::Stop, Phase::CleanUp),
             vec![Do::CleanUp { deep: false }, Do::KillContainers],
