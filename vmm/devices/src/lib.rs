@@ -4,4 +4,6 @@
 //! a device brings guest memory, queues and an event loop. Everything that comes from the guest is hostile: no panic, checked
 //! arithmetic, named caps on every size that the guest chooses.
 
+pub mod bus;
+pub mod ports;
 pub mod virtio;
