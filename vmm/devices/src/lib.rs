@@ -5,5 +5,7 @@
 //! arithmetic, named caps on every size that the guest chooses.
 
 pub mod bus;
+mod complaints;
+pub mod pci;
 pub mod ports;
 pub mod virtio;

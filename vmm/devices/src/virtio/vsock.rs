@@ -12,7 +12,6 @@
 //! The event queue is never used: it tells a guest that it has moved to another host, and ours do not move.
 
 mod backend;
-mod complaints;
 mod connection;
 mod muxer;
 mod packet;
@@ -32,7 +31,7 @@ pub use connection::BUFFER_BYTES;
 pub use muxer::MAX_CONNECTIONS;
 pub use packet::{HEADER_BYTES, HOST_CID, Header, MAX_PAYLOAD, Op, STREAM, shutdown};
 
-use complaints::Complaints;
+use crate::complaints::Complaints;
 use muxer::Muxer;
 
 /// Index of the queue that carries packets to the guest.
@@ -79,7 +78,7 @@ impl Vsock {
         Ok(Self {
             guest_cid,
             muxer: Muxer::new(guest_cid, listener).map_err(VsockError::Listener)?,
-            complaints: Complaints::default(),
+            complaints: Complaints::new("vsock"),
             payload: Vec::new(),
         })
     }

@@ -11,9 +11,10 @@ use std::{
 
 use vmm_sys_util::epoll::EventSet;
 
+use crate::complaints::Complaints;
+
 use super::{
     backend::{HostEvent, HostSide},
-    complaints::Complaints,
     connection::Connection,
     packet::{HOST_CID, Header, Op, STREAM},
 };

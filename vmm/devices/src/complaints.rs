@@ -10,27 +10,35 @@ const MESSAGES: u32 = 5;
 const WINDOW: Duration = Duration::from_secs(30);
 
 /// A rate-limited log.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Complaints {
+    device: &'static str,
     window: Option<Instant>,
     said: u32,
     swallowed: u64,
 }
 
 impl Complaints {
+    pub(crate) fn new(device: &'static str) -> Self {
+        Self {
+            device,
+            window: None,
+            said: 0,
+            swallowed: 0,
+        }
+    }
+
     pub(crate) fn say(&mut self, message: fmt::Arguments<'_>) {
         if self.window.is_none_or(|start| start.elapsed() >= WINDOW) {
             if self.swallowed > 0 {
-                eprintln!("vsock: {} more messages", self.swallowed);
+                eprintln!("{}: {} more messages", self.device, self.swallowed);
             }
-            *self = Self {
-                window: Some(Instant::now()),
-                ..Self::default()
-            };
+            *self = Self::new(self.device);
+            self.window = Some(Instant::now());
         }
         if self.said < MESSAGES {
             self.said += 1;
-            eprintln!("vsock: {message}");
+            eprintln!("{}: {message}", self.device);
         } else {
             self.swallowed = self.swallowed.saturating_add(1);
         }
