@@ -6,6 +6,8 @@
 
 pub mod bus;
 mod complaints;
+pub mod i8042;
 pub mod pci;
 pub mod ports;
+pub mod serial;
 pub mod virtio;
