@@ -13,9 +13,10 @@ use std::{
     time::Duration,
 };
 
+use caisson_hypervisor::VmUser;
 use caisson_image::ImageStoreConfig;
 use caisson_net::NetworkConfig;
-use caisson_qemu::{Accelerator, VmUser};
+use caisson_qemu::Accelerator;
 use caisson_sandbox::SandboxesConfig;
 use serde_json::json;
 

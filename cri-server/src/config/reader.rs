@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use caisson_qemu::{UID_BASE, UID_COUNT, VmUser};
+use caisson_hypervisor::{UID_BASE, UID_COUNT, VmUser};
 use toml::{Table, Value};
 
 use super::files::{Merged, join};

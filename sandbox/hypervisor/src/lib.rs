@@ -2,7 +2,8 @@
 //!
 //! Owns the words both sides share: what a VM is made of ([`VmSpec`]), what is left of it on the host ([`VmRecord`]), and the few
 //! verbs that a driver offers ([`Hypervisor`], [`Vm`]). Must not know any driver, any Pod, or the agent. Also owns the check of
-//! what this host's KVM can do ([`kvm`]), since every driver's choice hangs on it.
+//! what this host's KVM can do ([`kvm`]), since every driver's choice hangs on it, and what drivers share on the host's side: users
+//! ([`user`]), bounded logs ([`logs`]), opening disks ([`disk`]).
 //!
 //! Contracts that every driver keeps:
 //! - The processes of a VM outlive the daemon: own session, own log files, nothing inherited but what was passed.
@@ -13,9 +14,12 @@
 //!   initiate connections.
 
 pub mod console;
+pub mod disk;
 pub mod kvm;
+pub mod logs;
 pub mod process;
 pub mod spawn;
+pub mod user;
 
 use std::{
     os::fd::OwnedFd,
@@ -29,6 +33,7 @@ use serde::{Deserialize, Serialize};
 pub use console::console_tail;
 pub use process::{Ended, Process, ProcessRef, ProcessRole};
 pub use spawn::{Credentials, DetachedCommand};
+pub use user::{UID_BASE, UID_COUNT, VmUser};
 
 /// Environment variable of every process that belongs to a VM; its value is the VM's id.
 pub const OWNER_ENV: &str = "CAISSON_VM_ID";

@@ -10,9 +10,10 @@ use std::{
 use caisson_hypervisor::{
     HypervisorError,
     kvm::{self, Kvm},
+    user::Users,
 };
 
-use crate::{Accelerator, Engine, Qemu, QemuConfig, user::Users};
+use crate::{Accelerator, Engine, Qemu, QemuConfig};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const KVM_DEVICE: &str = "/dev/kvm";

@@ -3,18 +3,17 @@
 //! Must not know the VM's processes.
 
 use std::{
-    fs::{File, OpenOptions},
-    os::{fd::AsFd, unix::fs::FileTypeExt},
+    fs::File,
+    os::fd::AsFd,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use caisson_hypervisor::{Disk, HypervisorError};
+use caisson_hypervisor::{Disk, HypervisorError, disk};
 use serde_json::json;
 
 use crate::{
     arguments::SlotNames,
-    launch::check_serial,
     qmp::{Failure, Qmp, Session},
 };
 
@@ -77,10 +76,10 @@ impl Disks {
     }
 
     pub(crate) async fn attach(&self, disk: Disk) -> Result<(), HypervisorError> {
-        check_serial(&disk.serial)?;
+        disk::check_serial(&disk.serial)?;
         // The session comes first: it makes attach and detach take turns.
         let mut session = self.qmp.session().await;
-        let file = open_disk(&disk)?;
+        let file = disk::open(&disk)?;
         let slot = self.take_slot(&disk.serial)?;
         let names = SlotNames::of(slot);
         let plugged = plug(&mut session, &names, &disk, &file).await;
@@ -123,33 +122,6 @@ impl Disks {
         }
         Ok(())
     }
-}
-
-fn open_disk(disk: &Disk) -> Result<File, HypervisorError> {
-    let io = |what: &str, source| HypervisorError::Io {
-        what: format!("{what} disk {}", disk.path.display()),
-        source,
-    };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(!disk.read_only)
-        .open(&disk.path)
-        .map_err(|e| io("open", e))?;
-    let kind = file.metadata().map_err(|e| io("inspect", e))?.file_type();
-    if kind.is_file() || kind.is_block_device() {
-        Ok(file)
-    } else {
-        Err(HypervisorError::Spec(format!(
-            "disk {} is neither a file nor a block device",
-            disk.path.display()
-        )))
-    }
-}
-
-/// Opens the file of a disk that is there at boot.
-pub(crate) fn open_cold_disk(disk: &Disk) -> Result<File, HypervisorError> {
-    check_serial(&disk.serial)?;
-    open_disk(disk)
 }
 
 async fn plug(

@@ -10,18 +10,15 @@ mod detect;
 mod disks;
 mod handover;
 mod launch;
-mod logs;
 mod machine;
 mod qmp;
-mod user;
 
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use caisson_hypervisor::{Hypervisor, HypervisorError, Vm, VmRecord, VmSpec};
+use caisson_hypervisor::{Hypervisor, HypervisorError, Vm, VmRecord, VmSpec, VmUser, user::Users};
 
 pub use detect::Version;
-pub use user::{UID_BASE, UID_COUNT, VmUser};
 
 /// What an admin may say about QEMU.
 #[derive(Debug, Clone, Default)]
@@ -64,7 +61,7 @@ pub struct Qemu {
     pub(crate) engine: Engine,
     /// Why that engine, as half a sentence.
     pub(crate) because: String,
-    pub(crate) users: user::Users,
+    pub(crate) users: Users,
 }
 
 /// [`Hypervisor::name`] of this driver.
@@ -74,6 +71,13 @@ impl Qemu {
     /// Finds the binaries, asks QEMU for its version and the host for its KVM, and decides.
     pub async fn detect(config: QemuConfig) -> Result<Self, HypervisorError> {
         detect::detect(config).await
+    }
+
+    /// Gives users out of the same set as another driver of this daemon.
+    #[must_use]
+    pub fn sharing_users(mut self, users: &Users) -> Self {
+        self.users = users.clone();
+        self
     }
 
     /// Whether guest code is executed in software.

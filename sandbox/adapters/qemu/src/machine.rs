@@ -14,6 +14,8 @@ use async_trait::async_trait;
 use caisson_hypervisor::{
     Disk, Ended, HypervisorError, KILL_DEADLINE, Process, ProcessRole, Vm, VmExit, VmRecord,
     console::last_lines,
+    logs,
+    user::{Lease, Users},
 };
 use serde_json::Value;
 use tokio::task::AbortHandle;
@@ -22,9 +24,7 @@ use crate::{
     NAME,
     disks::Disks,
     launch::Paths,
-    logs,
     qmp::{COMMAND_DEADLINE, Qmp},
-    user::{Lease, Users},
 };
 
 /// How long an adopted VM may take to name its disks; a restarted daemon has many VMs to adopt.

@@ -12,8 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, Nic, ProcessRef, ProcessRole, Vm};
-use caisson_qemu::{Accelerator, Qemu, QemuConfig, UID_BASE, UID_COUNT, VmUser};
+use caisson_hypervisor::{
+    Disk, Hypervisor, HypervisorError, Nic, ProcessRef, ProcessRole, UID_BASE, UID_COUNT, Vm, VmUser,
+};
+use caisson_qemu::{Accelerator, Qemu, QemuConfig};
 use machine::{Bench, LIMIT, backend, cached_kernel, driver, driver_as, processes_of, sleeping_initramfs};
 
 fn disk(serial: &str, path: PathBuf) -> Disk {

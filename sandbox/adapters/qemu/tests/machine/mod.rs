@@ -7,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_hypervisor::{Vm, VmSpec};
-use caisson_qemu::{Accelerator, Qemu, QemuConfig, VmUser};
+use caisson_hypervisor::{Vm, VmSpec, VmUser};
+use caisson_qemu::{Accelerator, Qemu, QemuConfig};
 
 pub(crate) const LIMIT: Duration = Duration::from_secs(90);
 

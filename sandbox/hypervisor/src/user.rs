@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use caisson_hypervisor::HypervisorError;
+use crate::HypervisorError;
 
 /// First user id of VMs by default. Debian and systemd assign nothing from 1879048192 to 2147352575, and the ranges of SSSD and FreeIPA end
 /// at 2000200000.
@@ -55,16 +55,16 @@ impl fmt::Display for VmUser {
 
 type Taken = Arc<Mutex<HashSet<u32>>>;
 
-/// Gives out users. Clones share what is taken.
+/// Gives out users. Clones share what is taken; drivers that may run VMs at the same time share one.
 #[derive(Debug, Clone)]
-pub(crate) struct Users {
+pub struct Users {
     who: VmUser,
     taken: Taken,
 }
 
 /// A VM's user, its own until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Lease {
+pub struct Lease {
     uid: u32,
     gid: u32,
     /// Absent where users are shared.
@@ -72,7 +72,9 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    pub(crate) fn ids(&self) -> (u32, u32) {
+    /// User and group id.
+    #[must_use]
+    pub fn ids(&self) -> (u32, u32) {
         (self.uid, self.gid)
     }
 }
@@ -92,7 +94,7 @@ fn lock(taken: &Taken) -> MutexGuard<'_, HashSet<u32>> {
 
 impl Users {
     /// Errors say in half a sentence why this host cannot have such users. A daemon that is not root has nothing to give up.
-    pub(crate) fn new(who: VmUser) -> Result<Self, String> {
+    pub fn new(who: VmUser) -> Result<Self, String> {
         let who = match who {
             VmUser::PerVm { .. } if !rustix::process::geteuid().is_root() => VmUser::Daemon,
             VmUser::PerVm { base } => {
@@ -116,13 +118,15 @@ impl Users {
         })
     }
 
-    pub(crate) fn who(&self) -> VmUser {
+    /// Whom VMs run as: what was asked for, or the daemon where it is not root.
+    #[must_use]
+    pub fn who(&self) -> VmUser {
         self.who
     }
 
     /// The user for a new VM; `None` is the daemon's own. An id's place in the range follows from the VM's id; one that another VM of this
     /// daemon has is passed over.
-    pub(crate) fn claim(&self, vm: &str) -> Result<Option<Lease>, HypervisorError> {
+    pub fn claim(&self, vm: &str) -> Result<Option<Lease>, HypervisorError> {
         match self.who {
             VmUser::Daemon => Ok(None),
             VmUser::Fixed { uid, gid } => Ok(Some(Lease {
@@ -148,7 +152,7 @@ impl Users {
     }
 
     /// Notes the user of a VM that runs already, whoever chose it.
-    pub(crate) fn recall(&self, pid: i32) -> Option<Lease> {
+    pub fn recall(&self, pid: i32) -> Option<Lease> {
         let VmUser::PerVm { base } = self.who else {
             return None;
         };

@@ -17,7 +17,7 @@ const KEPT_BYTES: u64 = 256 * 1024;
 const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Cuts the logs for ever; the owner aborts the task.
-pub(crate) async fn keep_bounded(logs: Vec<PathBuf>) {
+pub async fn keep_bounded(logs: Vec<PathBuf>) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
