@@ -3,7 +3,11 @@
 //! The machine (KVM, or a test) implements [`Interrupts`], [`Doorbells`] and [`MemoryControl`]; the process implements [`Threads`] and
 //! [`Events`]; devices implement [`BusDevice`]. Nothing in here knows KVM: the same devices run under a test's machine.
 
-use std::{fmt, io, sync::Arc};
+use std::{
+    fmt, io,
+    sync::Arc,
+    thread::{Builder, JoinHandle},
+};
 
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -123,6 +127,11 @@ impl ThreadKind {
 pub trait Threads: Send + Sync {
     /// Called first thing on each new thread. If it fails, the thread ends, and the device is not started.
     fn enter(&self, kind: ThreadKind) -> io::Result<()>;
+
+    /// Starts a thread. Whoever wants a thread is often a vCPU's, whose confinement the new one must not inherit.
+    fn spawn(&self, builder: Builder, work: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
+        builder.spawn(work)
+    }
 }
 
 /// Threads without any confinement.
