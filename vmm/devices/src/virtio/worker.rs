@@ -1,0 +1,163 @@
+//! The thread of a device: it waits for its queues' kicks and its backend's descriptors, and serves whatever is ready.
+//!
+//! A worker owns its server while it runs, and gives it back when it is stopped; so a device's files survive a reset of its driver.
+
+use std::{
+    fmt, io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{Arc, mpsc},
+    thread::{Builder, JoinHandle},
+};
+
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::{EFD_NONBLOCK, EventFd},
+};
+
+use crate::ports::{DeviceEvent, Events, ThreadKind, Threads};
+
+/// Bytes of a worker's stack. Nothing in here recurses or keeps buffers on it.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Token of the descriptor that ends the loop.
+const STOP: u64 = u64::MAX;
+
+/// Events that are taken at once.
+const BATCH: usize = 16;
+
+/// What the process lends to devices.
+#[derive(Clone)]
+pub struct Host {
+    /// Confines their threads.
+    pub threads: Arc<dyn Threads>,
+    /// Hears from them.
+    pub events: Arc<dyn Events>,
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Host").finish_non_exhaustive()
+    }
+}
+
+/// A descriptor to wait for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Source {
+    fd: RawFd,
+    token: u64,
+    events: EventSet,
+}
+
+impl Source {
+    /// Ready once for each time that something comes.
+    pub(crate) fn edge(fd: &impl AsRawFd, token: u64) -> Self {
+        Self {
+            fd: fd.as_raw_fd(),
+            token,
+            events: EventSet::IN | EventSet::EDGE_TRIGGERED,
+        }
+    }
+
+    /// Ready as long as something can be read.
+    pub(crate) fn level(fd: &impl AsRawFd, token: u64) -> Self {
+        Self {
+            fd: fd.as_raw_fd(),
+            token,
+            events: EventSet::IN,
+        }
+    }
+}
+
+/// What a worker does.
+pub(crate) trait Serve: Send + 'static {
+    /// What to wait for, as long as it runs.
+    fn sources(&self) -> Vec<Source>;
+
+    /// The source of this token is ready. An error ends the device: only the host's failures are errors.
+    fn serve(&mut self, token: u64) -> io::Result<()>;
+
+    /// It will be given back: end what is under way.
+    fn quiesce(&mut self) {}
+}
+
+/// A running thread, and what it serves.
+pub(crate) struct Worker<S> {
+    stop: EventFd,
+    thread: JoinHandle<S>,
+}
+
+impl<S> fmt::Debug for Worker<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").finish_non_exhaustive()
+    }
+}
+
+impl<S: Serve> Worker<S> {
+    /// Starts a thread. When that fails, the server is lost, as is its device.
+    pub(crate) fn start(kind: ThreadKind, host: &Host, server: S) -> io::Result<Self> {
+        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let epoll = Epoll::new()?;
+        let own = Source::level(&stop, STOP);
+        for source in server.sources().into_iter().chain([own]) {
+            epoll.ctl(
+                ControlOperation::Add,
+                source.fd,
+                EpollEvent::new(source.events, source.token),
+            )?;
+        }
+        let (entered, outcome) = mpsc::sync_channel(1);
+        let host = host.clone();
+        let thread = Builder::new()
+            .name(kind.name().to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let admitted = host.threads.enter(kind);
+                let stays_out = admitted.is_err();
+                // Fails only if nobody waits for it any more.
+                drop(entered.send(admitted));
+                if stays_out {
+                    return server;
+                }
+                run(kind, &host, &epoll, server)
+            })?;
+        outcome
+            .recv()
+            .map_err(|_| io::Error::other("the thread ended before it began"))??;
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends the thread; what it served, unless it has panicked.
+    pub(crate) fn stop(self) -> Option<S> {
+        // Fails only when the counter is full, and then the thread has heard.
+        drop(self.stop.write(1));
+        self.thread.join().ok()
+    }
+}
+
+fn run<S: Serve>(kind: ThreadKind, host: &Host, epoll: &Epoll, mut server: S) -> S {
+    let mut events = [EpollEvent::default(); BATCH];
+    let failure = 'running: loop {
+        let count = match epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => break Some(e),
+        };
+        let ready = events.iter().take(count).map(EpollEvent::data);
+        for token in ready {
+            if token == STOP {
+                break 'running None;
+            }
+            if let Err(e) = server.serve(token) {
+                break 'running Some(e);
+            }
+        }
+    };
+    if let Some(e) = failure {
+        host.events.happened(DeviceEvent::Failed {
+            device: kind.name().to_owned(),
+            reason: e.to_string(),
+        });
+    }
+    server.quiesce();
+    server
+}
