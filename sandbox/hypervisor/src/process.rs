@@ -174,6 +174,20 @@ impl Process {
     }
 }
 
+/// Gets hold of a child of this process. A task reaps it when it ends, whoever waits for it or not. Needs a tokio runtime.
+pub fn adopt_child(role: ProcessRole, pid: i32) -> io::Result<Process> {
+    let raw = Pid::from_raw(pid).ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+    let process = Process::new(ProcessRef::of(role, pid)?, pidfd_open(raw, PidfdFlags::NONBLOCK)?)?;
+    let reaped = process.clone();
+    tokio::spawn(async move {
+        match reaped.wait().await {
+            Ok(ended) => tracing::debug!(pid, %ended, "process of a VM ended"),
+            Err(error) => tracing::warn!(pid, %error, "cannot wait for a process of a VM"),
+        }
+    });
+    Ok(process)
+}
+
 fn is_readable(pidfd: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
     let now = Timespec {

@@ -20,9 +20,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
-
-use crate::{HypervisorError, OWNER_ENV, Process, ProcessRef, ProcessRole};
+use crate::{HypervisorError, OWNER_ENV, Process, ProcessRole, process};
 
 /// Who a process runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -138,7 +136,7 @@ impl DetachedCommand {
         unsafe { command.pre_exec(move || plan.apply()) };
         let child = command.spawn().map_err(|e| start(e.to_string()))?;
         let pid = child.id().cast_signed();
-        adopt_child(self.role, pid).map_err(|e| {
+        process::adopt_child(self.role, pid).map_err(|e| {
             // Still our unreaped child, so the pid cannot mean another process.
             let mut child = child;
             if child.kill().is_ok() {
@@ -147,19 +145,6 @@ impl DetachedCommand {
             start(e.to_string())
         })
     }
-}
-
-fn adopt_child(role: ProcessRole, pid: i32) -> io::Result<Process> {
-    let raw = Pid::from_raw(pid).ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
-    let process = Process::new(ProcessRef::of(role, pid)?, pidfd_open(raw, PidfdFlags::NONBLOCK)?)?;
-    let reaped = process.clone();
-    tokio::spawn(async move {
-        match reaped.wait().await {
-            Ok(ended) => tracing::debug!(pid, %ended, "process of a VM ended"),
-            Err(error) => tracing::warn!(pid, %error, "cannot wait for a process of a VM"),
-        }
-    });
-    Ok(process)
 }
 
 fn open_log(path: &Path) -> Result<File, HypervisorError> {

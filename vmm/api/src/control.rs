@@ -130,7 +130,7 @@ pub struct Status {
     pub vcpus_max: u32,
     /// Memory that the guest may use now, MiB.
     pub memory_mib: u64,
-    /// Serials of the disks, those of the boot first.
+    /// Serials of the disks that were added since the boot.
     pub disks: Vec<String>,
     /// Places for disks that are free.
     pub free_slots: u32,

@@ -59,6 +59,8 @@ pub struct VmSpec {
     pub control: Descriptor,
     /// File that gets the exit record.
     pub exit_record: Descriptor,
+    /// Pipe that gets [`Started`]'s lines; its end without the last of them means that the VM did not start.
+    pub started: Descriptor,
     /// What the process takes from itself before the guest runs.
     pub confinement: Confinement,
 }
@@ -153,6 +155,35 @@ pub struct User {
     pub gid: u32,
 }
 
+/// What the process says of its start, a line each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Started {
+    /// The process that runs the VM from now on, as seen by whoever started it: the one that was started may end.
+    Process(i32),
+    /// The guest runs.
+    Running,
+}
+
+impl Started {
+    /// The line, line feed included.
+    #[must_use]
+    pub fn line(self) -> String {
+        match self {
+            Self::Process(pid) => format!("process {pid}\n"),
+            Self::Running => "running\n".to_owned(),
+        }
+    }
+
+    /// Reads a line without its line feed.
+    #[must_use]
+    pub fn parse(line: &str) -> Option<Self> {
+        match line.split_once(' ') {
+            Some(("process", pid)) => pid.parse().ok().filter(|pid| *pid > 0).map(Self::Process),
+            _ => (line == "running").then_some(Self::Running),
+        }
+    }
+}
+
 impl VmSpec {
     /// Reads and checks a specification.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
@@ -185,6 +216,7 @@ impl VmSpec {
             self.vsock.listener,
             self.control,
             self.exit_record,
+            self.started,
         ];
         all.extend(self.disks.iter().flat_map(|disk| &disk.files));
         all.extend(
@@ -337,6 +369,7 @@ mod tests {
             attach_slots: 8,
             control: Descriptor(11),
             exit_record: Descriptor(12),
+            started: Descriptor(13),
             confinement: Confinement {
                 user: Some(User { uid: 7, gid: 7 }),
                 namespaces: true,
@@ -348,7 +381,17 @@ mod tests {
     fn a_specification_survives_the_way_to_the_process() {
         let spec = spec();
         assert_eq!(VmSpec::decode(&spec.encode().unwrap()).unwrap(), spec);
-        assert_eq!(spec.descriptors().len(), 10);
+        assert_eq!(spec.descriptors().len(), 11);
+    }
+
+    #[test]
+    fn lines_about_the_start_are_read_as_they_were_written() {
+        for started in [Started::Process(77), Started::Running] {
+            assert_eq!(Started::parse(started.line().trim_end()), Some(started));
+        }
+        for wrong in ["", "process", "process -1", "process x", "running now"] {
+            assert_eq!(Started::parse(wrong), None, "{wrong}");
+        }
     }
 
     #[test]
