@@ -17,3 +17,5 @@ mod conformance;
 mod rng;
 #[path = "virtio/transport.rs"]
 mod transport;
+#[path = "virtio/vsock.rs"]
+mod vsock;

@@ -177,6 +177,7 @@ impl ActiveQueue {
         interrupt: &Interrupt,
         mut work: impl FnMut(u16, Buffers<'m>) -> Outcome,
     ) -> Served {
+        let mut fruitless = false;
         for _ in 0..ROUNDS {
             // Fails only when the ring is not in memory; then there is nothing in it either.
             drop(self.queue.disable_notification(memory));
@@ -209,11 +210,15 @@ impl ActiveQueue {
             if held {
                 return Served::Held;
             }
-            // A ring that cannot be read, or whose index makes no sense, yields nothing, however often it is asked.
-            let more = self.queue.enable_notification(memory).unwrap_or(false);
-            if !more || !moved {
+            if !self.queue.enable_notification(memory).unwrap_or(false) {
                 return Served::All;
             }
+            // Something came just before it was asked for; but a ring whose index makes no sense yields nothing, however often it
+            // is asked.
+            if fruitless && !moved {
+                return Served::All;
+            }
+            fruitless = !moved;
         }
         // Cannot fail: the counter is not that full.
         drop(self.kick.write(1));

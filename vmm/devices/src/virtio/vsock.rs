@@ -7,12 +7,14 @@
 //! - `connection`: one connection's states, credit in both directions, half-closes;
 //! - `muxer`: all connections, and which one speaks next;
 //! - `backend`: the Unix socket and its handshake;
+//! - `device`: the device on a thread of this process;
 //! - this module: the queues.
 //!
 //! The event queue is never used: it tells a guest that it has moved to another host, and ours do not move.
 
 mod backend;
 mod connection;
+mod device;
 mod muxer;
 mod packet;
 
@@ -28,6 +30,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT, Reader, Writer};
 use vm_memory::{GuestMemory, bitmap::BitmapSlice};
 
 pub use connection::BUFFER_BYTES;
+pub use device::VsockDevice;
 pub use muxer::MAX_CONNECTIONS;
 pub use packet::{HEADER_BYTES, HOST_CID, Header, MAX_PAYLOAD, Op, STREAM, shutdown};
 

@@ -83,7 +83,8 @@ pub(crate) trait Serve: Send + 'static {
 /// A running thread, and what it serves.
 pub(crate) struct Worker<S> {
     stop: EventFd,
-    thread: JoinHandle<S>,
+    thread: JoinHandle<()>,
+    given_back: mpsc::Receiver<S>,
 }
 
 impl<S> fmt::Debug for Worker<S> {
@@ -107,30 +108,40 @@ impl<S: Serve> Worker<S> {
         }
         let (entered, outcome) = mpsc::sync_channel(1);
         let host = host.clone();
-        let thread = Builder::new()
+        let (give_back, given_back) = mpsc::sync_channel(1);
+        let own = host.clone();
+        let work = move || {
+            let admitted = own.threads.enter(kind);
+            let stays_out = admitted.is_err();
+            // These fail only if nobody waits any more.
+            drop(entered.send(admitted));
+            let server = if stays_out {
+                server
+            } else {
+                run(kind, &own, &epoll, server)
+            };
+            drop(give_back.send(server));
+        };
+        let builder = Builder::new()
             .name(kind.name().to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let admitted = host.threads.enter(kind);
-                let stays_out = admitted.is_err();
-                // Fails only if nobody waits for it any more.
-                drop(entered.send(admitted));
-                if stays_out {
-                    return server;
-                }
-                run(kind, &host, &epoll, server)
-            })?;
+            .stack_size(STACK_BYTES);
+        let thread = host.threads.spawn(builder, Box::new(work))?;
         outcome
             .recv()
             .map_err(|_| io::Error::other("the thread ended before it began"))??;
-        Ok(Self { stop, thread })
+        Ok(Self {
+            stop,
+            thread,
+            given_back,
+        })
     }
 
     /// Ends the thread; what it served, unless it has panicked.
     pub(crate) fn stop(self) -> Option<S> {
         // Fails only when the counter is full, and then the thread has heard.
         drop(self.stop.write(1));
-        self.thread.join().ok()
+        self.thread.join().ok()?;
+        self.given_back.try_recv().ok()
     }
 }
 
