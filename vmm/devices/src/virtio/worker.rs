@@ -107,7 +107,6 @@ impl<S: Serve> Worker<S> {
             )?;
         }
         let (entered, outcome) = mpsc::sync_channel(1);
-        let host = host.clone();
         let (give_back, given_back) = mpsc::sync_channel(1);
         let own = host.clone();
         let work = move || {
