@@ -1,0 +1,260 @@
+//! The one place where the devices of a VM are listed: from a specification to a machine.
+
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::net::UnixListener},
+    sync::Arc,
+};
+
+use caisson_confinement::{Filters, ThreadKind};
+use caisson_devices::{
+    pci::{Ecam, PciAddress, PciRoot, RootError, Window},
+    serial::SerialPort,
+    virtio::{
+        self, Attachment, VirtioDevice, VirtioPci, VirtioPciError,
+        rng::Rng,
+        vsock::{VsockDevice, VsockError},
+    },
+};
+use caisson_machine::{Backing, Config, Entry, Host, Kernel, Machine, Ram, Vm, layout};
+use caisson_vmm_api::spec::{self, VmSpec};
+
+use crate::{
+    descriptors::{InheritanceError, Inherited},
+    threads::{Log, Maker},
+};
+
+/// What a guest can write to its console in all: the daemon cuts the file, but there may be no daemon for a while.
+const CONSOLE_BYTES_MAX: u64 = 256 << 20;
+/// Ports of a serial port.
+const SERIAL_PORTS: u64 = 8;
+
+/// What can be done to a disk while it is there.
+#[derive(Debug)]
+pub(crate) struct DiskHandle;
+
+impl DiskHandle {
+    pub(crate) fn resize(&self) -> Result<(), BuildError> {
+        Err(BuildError::Missing("resizing of disks"))
+    }
+}
+
+/// Why a machine could not be built or changed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    #[error(transparent)]
+    Inherited(#[from] InheritanceError),
+    #[error("cannot make the machine")]
+    Machine(#[from] caisson_machine::Error),
+    #[error("cannot put the {0} on its bus")]
+    Bus(&'static str, #[source] caisson_devices::bus::BusError),
+    #[error("cannot make the console's interrupt")]
+    Console(#[source] std::io::Error),
+    #[error("cannot make the socket device")]
+    Vsock(#[from] VsockError),
+    #[error("cannot attach a device")]
+    Attach(#[from] VirtioPciError),
+    #[error("this VMM has no {0}")]
+    Missing(&'static str),
+    #[error("cannot put a device on the PCI bus")]
+    Root(#[from] RootError),
+}
+
+/// A machine with its devices, not running yet.
+pub(crate) struct Built {
+    vm: Vm,
+    kernel: Kernel,
+    places: Places,
+    disks: Vec<(String, DiskHandle)>,
+}
+
+/// A machine that runs.
+pub(crate) struct Booted {
+    pub(crate) machine: Machine,
+    pub(crate) places: Places,
+    pub(crate) disks: Vec<(String, DiskHandle)>,
+}
+
+impl Built {
+    pub(crate) fn boot(self) -> Result<Booted, BuildError> {
+        Ok(Booted {
+            machine: self.vm.boot(&self.kernel)?,
+            places: self.places,
+            disks: self.disks,
+        })
+    }
+}
+
+/// A device of the specification.
+enum Device {
+    Entropy,
+    Vsock(spec::Vsock),
+    Disk(spec::Disk),
+    Nic(spec::Nic),
+}
+
+/// Every device of a VM, in the order in which the guest finds them.
+fn devices(spec: &VmSpec) -> impl Iterator<Item = Device> + '_ {
+    let always = [Device::Vsock(spec.vsock), Device::Entropy];
+    let disks = spec.disks.iter().cloned().map(Device::Disk);
+    let nics = spec.nics.iter().cloned().map(Device::Nic);
+    always.into_iter().chain(disks).chain(nics)
+}
+
+/// Builds the machine and every device.
+pub(crate) fn build(
+    spec: &VmSpec,
+    inherited: &mut Inherited,
+    maker: &Arc<Maker>,
+    filters: &Arc<Filters>,
+) -> Result<Built, BuildError> {
+    let host = Host::from_fd(inherited.give(spec.kvm)?)?;
+    let vm = Vm::new(host, config(spec, filters))?;
+    let console = File::from(inherited.give(spec.console)?);
+    let places = Places::new(&vm, console, maker)?;
+    let mut disks = Vec::new();
+    for device in devices(spec) {
+        let device: Box<dyn VirtioDevice> = match device {
+            Device::Entropy => Box::new(Rng::new(places.host.clone())),
+            Device::Vsock(vsock) => {
+                let listener = UnixListener::from(inherited.give(vsock.listener)?);
+                Box::new(VsockDevice::new(vsock.cid.into(), listener, places.host.clone())?)
+            }
+            Device::Disk(disk) => {
+                let files = inherited.give_all(&disk.files)?;
+                let (device, handle) = places.disk(&disk.serial, files, disk.read_only)?;
+                disks.push((disk.serial, handle));
+                device
+            }
+            Device::Nic(nic) => {
+                let queues = inherited.give_all(&nic.queues)?;
+                let vhost = inherited.give_all(&nic.vhost)?;
+                places.nic(&nic, queues, vhost)?
+            }
+        };
+        places.add(device)?;
+    }
+    let kernel = Kernel {
+        image: inherited.give(spec.boot.kernel)?.into(),
+        initramfs: Some(inherited.give(spec.boot.initramfs)?.into()),
+        command_line: spec.boot.cmdline.clone(),
+        entry: Entry::Any,
+    };
+    Ok(Built {
+        vm,
+        kernel,
+        places,
+        disks,
+    })
+}
+
+fn config(spec: &VmSpec, filters: &Arc<Filters>) -> Config {
+    // The specification allows no more than 254.
+    let count = |vcpus: u32| u8::try_from(vcpus).unwrap_or(u8::MAX);
+    let filters = Arc::clone(filters);
+    let enter = move |_| filters.enter(ThreadKind::Vcpu).map_err(std::io::Error::other);
+    Config {
+        ram: Ram {
+            backing: Backing::Anonymous,
+            huge_pages: spec.memory.huge_pages,
+        },
+        boot_cpus: count(spec.vcpus.boot),
+        cpus: count(spec.vcpus.max),
+        serial: true,
+        enter_cpu_thread: caisson_machine::EnterCpuThread(Arc::new(enter)),
+        ..Config::new(spec.memory.boot_mib << 20)
+    }
+}
+
+/// Where devices go.
+#[derive(Debug)]
+pub(crate) struct Places {
+    root: Arc<PciRoot>,
+    attachment: Attachment,
+    host: virtio::Host,
+    console: Arc<SerialPort<File>>,
+}
+
+impl Places {
+    fn new(vm: &Vm, console: File, maker: &Arc<Maker>) -> Result<Self, BuildError> {
+        let line = vm
+            .interrupts()
+            .line(layout::SERIAL_GSI)
+            .map_err(BuildError::Console)?;
+        let console = Arc::new(SerialPort::new(line, console, CONSOLE_BYTES_MAX));
+        vm.pio()
+            .insert(
+                layout::SERIAL_PORT.into(),
+                SERIAL_PORTS,
+                Arc::clone(&console) as _,
+            )
+            .map_err(|e| BuildError::Bus("serial port", e))?;
+        let root = Arc::new(PciRoot::new(Window::new(layout::PCI_WINDOW), vm.mmio()));
+        let ecam = layout::ECAM;
+        vm.mmio()
+            .insert(
+                ecam.start,
+                ecam.end - ecam.start,
+                Arc::new(Ecam::new(Arc::clone(&root))),
+            )
+            .map_err(|e| BuildError::Bus("PCI configuration space", e))?;
+        Ok(Self {
+            root,
+            attachment: Attachment {
+                memory: vm.memory(),
+                interrupts: vm.interrupts(),
+                doorbells: vm.doorbells(),
+                events: Arc::new(Log),
+            },
+            host: virtio::Host {
+                threads: Arc::clone(maker) as _,
+                events: Arc::new(Log),
+            },
+            console,
+        })
+    }
+
+    fn disk(
+        &self,
+        _s: &str,
+        _f: Vec<OwnedFd>,
+        _r: bool,
+    ) -> Result<(Box<dyn VirtioDevice>, DiskHandle), BuildError> {
+        Err(BuildError::Missing("disks"))
+    }
+
+    fn nic(
+        &self,
+        _n: &spec::Nic,
+        _q: Vec<OwnedFd>,
+        _v: Vec<OwnedFd>,
+    ) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        Err(BuildError::Missing("NICs"))
+    }
+
+    fn add(&self, device: Box<dyn VirtioDevice>) -> Result<PciAddress, BuildError> {
+        let function = VirtioPci::new(device, self.attachment.clone())?;
+        Ok(self.root.add(function)?)
+    }
+
+    /// Adds a disk to a running VM. The guest finds it when it looks at its bus again.
+    pub(crate) fn add_disk(
+        &self,
+        serial: &str,
+        files: Vec<OwnedFd>,
+        read_only: bool,
+    ) -> Result<(DiskHandle, PciAddress), BuildError> {
+        let (device, handle) = self.disk(serial, files, read_only)?;
+        Ok((handle, self.add(device)?))
+    }
+
+    /// Takes a device away. The guest should have let go of it.
+    pub(crate) fn remove(&self, place: PciAddress) -> Result<(), BuildError> {
+        Ok(self.root.remove(place)?)
+    }
+
+    /// Writes out what the console holds back.
+    pub(crate) fn flush(&self) {
+        self.console.flush();
+    }
+}

@@ -1,0 +1,107 @@
+//! Threads and what they may do: each gets the filter of its kind, and those of devices are started by a thread that has the widest one.
+//!
+//! A driver in the guest starts a device by a register, so on a vCPU's thread; a thread that is started there would inherit that one's filter and
+//! could never do what a device must. Hence the [`Maker`]. It also hears what devices have to tell.
+
+use std::{
+    fmt, io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    },
+    thread::{Builder, JoinHandle},
+};
+
+use caisson_confinement::{Filters, ThreadKind};
+use caisson_devices::ports::{self, DeviceEvent, Events, Threads};
+
+/// What a new thread does.
+type Work = Box<dyn FnOnce() + Send>;
+
+struct Order {
+    builder: Builder,
+    work: Work,
+    answer: SyncSender<io::Result<JoinHandle<()>>>,
+}
+
+/// Starts threads for whoever asks.
+pub(crate) struct Maker {
+    filters: Arc<Filters>,
+    orders: Mutex<Sender<Order>>,
+}
+
+impl fmt::Debug for Maker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Maker").finish_non_exhaustive()
+    }
+}
+
+impl Maker {
+    /// To be called on a thread that has the filter of [`ThreadKind::Control`] already.
+    pub(crate) fn start(filters: Arc<Filters>) -> io::Result<Arc<Self>> {
+        let (orders, received) = channel();
+        Builder::new()
+            .name("maker".to_owned())
+            .stack_size(MAKER_STACK)
+            .spawn(move || make(&received))?;
+        Ok(Arc::new(Self {
+            filters,
+            orders: Mutex::new(orders),
+        }))
+    }
+}
+
+const MAKER_STACK: usize = 64 << 10;
+
+fn make(orders: &Receiver<Order>) {
+    for order in orders {
+        // Fails only if nobody waits any more.
+        drop(order.answer.send(order.builder.spawn(order.work)));
+    }
+}
+
+impl Threads for Maker {
+    fn enter(&self, kind: ports::ThreadKind) -> io::Result<()> {
+        use ports::ThreadKind as Kind;
+        let kind = match kind {
+            Kind::Block => ThreadKind::Block,
+            Kind::Net => ThreadKind::Net,
+            Kind::Vsock => ThreadKind::Vsock,
+            Kind::Rng => ThreadKind::Entropy,
+            Kind::Balloon | Kind::Pmem | Kind::Mem => ThreadKind::Memory,
+            other => {
+                return Err(io::Error::other(format!(
+                    "no filter of system calls for {} threads",
+                    other.name()
+                )));
+            }
+        };
+        self.filters.enter(kind).map_err(io::Error::other)
+    }
+
+    fn spawn(&self, builder: Builder, work: Work) -> io::Result<JoinHandle<()>> {
+        let (answer, made) = sync_channel(1);
+        let order = Order {
+            builder,
+            work,
+            answer,
+        };
+        // A sender is as good as before, whatever happened to a thread that held it.
+        let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        orders
+            .send(order)
+            .map_err(|_| io::Error::other("the thread that starts others has ended"))?;
+        made.recv()
+            .map_err(|_| io::Error::other("the thread that starts others has ended"))?
+    }
+}
+
+/// Writes what devices tell into the VM's log, which the daemon bounds.
+#[derive(Debug, Default)]
+pub(crate) struct Log;
+
+impl Events for Log {
+    fn happened(&self, event: DeviceEvent) {
+        eprintln!("caisson-vmm: {event}");
+    }
+}
