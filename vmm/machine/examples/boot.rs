@@ -1,14 +1,16 @@
 //! Boots a kernel with a serial console on standard output, and says how it ended, how long it took and which exits it had.
 //!
 //! `boot --kernel vmlinux [--initramfs cpio] [--append LINE] [--memory MIB] [--cpus RUNNING,PRESENT] [--entry any|pvh|linux64]
-//! [--huge-pages] [--shared] [--trace] [--no-serial] [--until TEXT] [--seconds N]`
+//! [--huge-pages] [--shared] [--trace] [--no-serial] [--no-pci] [--vsock SOCKET [--probe PORT]] [--until TEXT] [--seconds N]`
 //!
+//! `--vsock` adds a socket device behind a Unix socket, `--probe` stops the machine once somebody listens on that port of the guest.
 //! `--until` stops the machine once the console has shown a text; `--seconds` is the longest that it may run.
 
 use std::{
     fs::File,
-    io::{self, Write},
-    path::Path,
+    io::{self, BufRead, BufReader, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -16,8 +18,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 use caisson_devices::{
     pci::{Ecam, PciRoot, Window},
-    ports::Interrupts,
+    ports::{Interrupts, Unconfined, Unheard},
     serial::SerialPort,
+    virtio::{Attachment, Host as DeviceHost, VirtioPci, vsock::VsockDevice},
 };
 use caisson_machine::{Backing, Config, End, Entry, Host, Kernel, Vm, layout};
 
@@ -51,13 +54,15 @@ struct Arguments {
     until: Option<String>,
     seconds: u64,
     pci: bool,
+    vsock: Option<PathBuf>,
+    probe: Option<u32>,
 }
 
 fn arguments() -> Result<Arguments> {
     let mut config = Config::new(128 << 20);
     config.serial = true;
     let (mut kernel, mut initramfs, mut line, mut entry) = (None, None, String::new(), Entry::Any);
-    let (mut until, mut seconds, mut pci) = (None, 60, true);
+    let (mut until, mut seconds, mut pci, mut vsock, mut probe) = (None, 60, true, None, None);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
@@ -83,6 +88,8 @@ fn arguments() -> Result<Arguments> {
             "--trace" => config.trace_exits = true,
             "--no-serial" => config.serial = false,
             "--no-pci" => pci = false,
+            "--vsock" => vsock = Some(value()?.into()),
+            "--probe" => probe = Some(value()?.parse()?),
             "--until" => until = Some(value()?),
             "--seconds" => seconds = value()?.parse()?,
             _ => bail!("{word}: see the head of examples/boot.rs"),
@@ -99,6 +106,8 @@ fn arguments() -> Result<Arguments> {
         until,
         seconds,
         pci,
+        vsock,
+        probe,
     })
 }
 
@@ -113,17 +122,24 @@ fn main() -> Result<()> {
         let console = Console {
             until: arguments.until,
             seen: String::new(),
-            found,
+            found: found.clone(),
         };
         let line = Interrupts::line(&*vm.interrupts(), layout::SERIAL_GSI)?;
         let port = SerialPort::new(line, console, u64::MAX);
         vm.pio().insert(layout::SERIAL_PORT.into(), 8, Arc::new(port))?;
     }
+    if let Some(port) = arguments.probe {
+        let (socket, found) = (arguments.vsock.clone().context("--probe needs --vsock")?, found.clone());
+        std::thread::spawn(move || probe(&socket, port, &found));
+    }
     if arguments.pci {
         let root = Arc::new(PciRoot::new(Window::new(layout::PCI_WINDOW), vm.mmio()));
         let bytes = layout::ECAM.end - layout::ECAM.start;
         vm.mmio()
-            .insert(layout::ECAM.start, bytes, Arc::new(Ecam::new(root)))?;
+            .insert(layout::ECAM.start, bytes, Arc::new(Ecam::new(Arc::clone(&root))))?;
+        if let Some(socket) = &arguments.vsock {
+            add_vsock(&vm, &root, socket)?;
+        }
     }
     let made = started.elapsed();
     let machine = vm.boot(&arguments.kernel)?;
@@ -148,6 +164,41 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn add_vsock(vm: &Vm, root: &PciRoot, socket: &Path) -> Result<()> {
+    std::fs::remove_file(socket).ok();
+    let listener = UnixListener::bind(socket)?;
+    let host = DeviceHost {
+        threads: Arc::new(Unconfined),
+        events: Arc::new(Unheard),
+    };
+    let device = VsockDevice::new(3, listener, host)?;
+    let attachment = Attachment {
+        memory: vm.memory(),
+        interrupts: vm.interrupts(),
+        doorbells: vm.doorbells(),
+        events: Arc::new(Unheard),
+    };
+    root.add(VirtioPci::new(Box::new(device), attachment)?)?;
+    Ok(())
+}
+
+/// Asks again and again, until somebody in the guest listens.
+fn probe(socket: &Path, port: u32, found: &mpsc::Sender<()>) {
+    loop {
+        let asked = UnixStream::connect(socket).and_then(|mut stream| {
+            stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+            let mut answer = String::new();
+            BufReader::new(stream).read_line(&mut answer)?;
+            Ok(answer)
+        });
+        if asked.is_ok_and(|answer| answer.starts_with("OK")) {
+            found.send(()).ok();
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// User and system time in ticks, from what the kernel says of the process.
