@@ -6,6 +6,7 @@
 //! - `worker`: the thread on which a device works;
 //! - the rest: one module for each kind of device.
 
+pub mod block;
 mod chain;
 mod device;
 mod interrupt;

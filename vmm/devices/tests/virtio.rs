@@ -13,6 +13,8 @@ mod machine;
 #[macro_use]
 mod conformance;
 
+#[path = "virtio/block.rs"]
+mod block;
 #[path = "virtio/rng.rs"]
 mod rng;
 #[path = "virtio/transport.rs"]
