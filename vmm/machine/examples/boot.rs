@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use caisson_devices::{
-    pci::{Ecam, PciRoot, Window},
+    pci::{Ecam, PciAddress, PciRoot, Window},
     ports::{Interrupts, Unconfined, Unheard},
     serial::SerialPort,
     virtio::{Attachment, Host as DeviceHost, VirtioPci, vsock::VsockDevice},
@@ -129,16 +129,18 @@ fn main() -> Result<()> {
         vm.pio().insert(layout::SERIAL_PORT.into(), 8, Arc::new(port))?;
     }
     if let Some(port) = arguments.probe {
-        let (socket, found) = (arguments.vsock.clone().context("--probe needs --vsock")?, found.clone());
+        let (socket, found) = (
+            arguments.vsock.clone().context("--probe needs --vsock")?,
+            found.clone(),
+        );
         std::thread::spawn(move || probe(&socket, port, &found));
     }
     if arguments.pci {
         let root = Arc::new(PciRoot::new(Window::new(layout::PCI_WINDOW), vm.mmio()));
-        let bytes = layout::ECAM.end - layout::ECAM.start;
-        vm.mmio()
-            .insert(layout::ECAM.start, bytes, Arc::new(Ecam::new(Arc::clone(&root))))?;
+        let mirror = vm.mirror_config(Arc::new(Ecam::new(Arc::clone(&root))))?;
         if let Some(socket) = &arguments.vsock {
-            add_vsock(&vm, &root, socket)?;
+            let place = add_vsock(&vm, &root, socket)?;
+            mirror.refresh(place.device, place.function);
         }
     }
     let made = started.elapsed();
@@ -166,7 +168,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn add_vsock(vm: &Vm, root: &PciRoot, socket: &Path) -> Result<()> {
+fn add_vsock(vm: &Vm, root: &PciRoot, socket: &Path) -> Result<PciAddress> {
     std::fs::remove_file(socket).ok();
     let listener = UnixListener::bind(socket)?;
     let host = DeviceHost {
@@ -180,8 +182,7 @@ fn add_vsock(vm: &Vm, root: &PciRoot, socket: &Path) -> Result<()> {
         doorbells: vm.doorbells(),
         events: Arc::new(Unheard),
     };
-    root.add(VirtioPci::new(Box::new(device), attachment)?)?;
-    Ok(())
+    Ok(root.add(VirtioPci::new(Box::new(device), attachment)?)?)
 }
 
 /// Asks again and again, until somebody in the guest listens.

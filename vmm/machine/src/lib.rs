@@ -10,6 +10,7 @@
 
 pub mod acpi;
 pub mod boot;
+mod config_mirror;
 mod cpu;
 mod doorbells;
 pub mod ends;
@@ -24,6 +25,7 @@ mod vcpu;
 mod vm;
 
 pub use boot::{Entry, Kernel};
+pub use config_mirror::ConfigMirror;
 pub use cpu::{MsrValue, Tweaks};
 pub use ends::End;
 pub use error::Error;

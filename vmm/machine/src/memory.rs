@@ -46,7 +46,7 @@ pub struct Ram {
 
 impl Ram {
     /// Zeroed memory at a guest-physical address. It takes nothing until it is touched.
-    fn region(self, start: GuestAddress, bytes: u64) -> io::Result<GuestRegionMmap> {
+    pub(crate) fn region(self, start: GuestAddress, bytes: u64) -> io::Result<GuestRegionMmap> {
         let size = usize::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
         let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         let builder = match self.backing {
@@ -96,6 +96,8 @@ pub(crate) struct Slots {
     ram: GuestRam,
     /// By start: number of the slot, and size. Also what orders changes.
     taken: Mutex<BTreeMap<u64, (u32, u64)>>,
+    /// What is in a slot and not in `ram`.
+    kept: Mutex<Vec<Arc<GuestRegionMmap>>>,
 }
 
 impl Slots {
@@ -125,6 +127,7 @@ impl Slots {
             limit,
             ram: GuestRam::new(memory),
             taken: Mutex::default(),
+            kept: Mutex::default(),
         };
         let memory = slots.ram.memory();
         let mut taken = slots.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -149,6 +152,20 @@ impl Slots {
         self.kind.backing
     }
 
+    /// Shows a mapping to the guest, read-only, without making it memory that devices reach. It stays for as long as the VM.
+    pub(crate) fn show_for_ever(&self, region: Arc<GuestRegionMmap>) -> io::Result<()> {
+        if !self.read_only {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        self.show(&mut taken, &region, true)?;
+        self.kept
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(region);
+        Ok(())
+    }
+
     /// Gives KVM a region.
     fn show(
         &self,
@@ -168,8 +185,8 @@ impl Slots {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the region is a live mapping of that size. It goes into `ram` (or is there), which keeps it mapped; `unmap` takes the
-        // slot away before the region is let go, and the VM's descriptor is closed before `ram` is dropped or the process ends.
+        // SAFETY: the region is a live mapping of that size. It goes into `ram` or `kept` (or is there), which keeps it mapped; `unmap`
+        // takes the slot away before the region is let go, and no vCPU runs any more when these are dropped.
         unsafe { self.vm.set_user_memory_region(slot_region) }?;
         taken.insert(start, (slot, region.len()));
         Ok(())

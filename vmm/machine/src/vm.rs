@@ -7,7 +7,7 @@ use std::{
 
 use caisson_devices::{
     bus::Bus,
-    ports::{Doorbells, GuestRam, Interrupts, MemoryControl},
+    ports::{BusDevice, Doorbells, GuestRam, Interrupts, MemoryControl},
 };
 use kvm_bindings::kvm_enable_cap;
 use kvm_ioctls::{Cap, VmFd};
@@ -17,11 +17,12 @@ use crate::{
     Error, Host, Machine, Tweaks,
     acpi::Described,
     boot::{self, Kernel},
+    config_mirror::ConfigMirror,
     doorbells::KvmDoorbells,
     ends::Ends,
     interrupts::{Controller, KvmInterrupts},
     kvm::{CAP_COUNTERS, COUNTERS_DISABLE},
-    layout::{IDENTITY_MAP, Layout, LayoutError, TSS},
+    layout::{ECAM, IDENTITY_MAP, Layout, LayoutError, TSS},
     memory::{Ram, Slots},
     power::Power,
 };
@@ -195,6 +196,20 @@ impl Vm {
         Arc::clone(&self.slots) as Arc<dyn MemoryControl>
     }
 
+    /// Puts PCI configuration space on the bus of memory-mapped devices, at [`crate::layout::ECAM`]; where KVM can, so that the guest
+    /// reads it without an exit.
+    pub fn mirror_config(&self, space: Arc<dyn BusDevice>) -> Result<Arc<ConfigMirror>, Error> {
+        let mirror = Arc::new(ConfigMirror::new(space, &self.slots)?);
+        self.mmio
+            .insert(
+                ECAM.start,
+                ECAM.end - ECAM.start,
+                Arc::clone(&mirror) as Arc<dyn BusDevice>,
+            )
+            .map_err(|e| Error::Bus("PCI configuration space", e))?;
+        Ok(mirror)
+    }
+
     /// Guest-physical space for something that is plugged (a region of virtio-mem, a file of virtio-pmem): its first address, a
     /// multiple of [`crate::layout::PLUG_ALIGNMENT`].
     pub fn plug_space(&self, bytes: u64) -> Result<u64, LayoutError> {
@@ -214,6 +229,12 @@ impl Vm {
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// What this host's KVM has of what is optional.
+    #[must_use]
+    pub fn optional(&self) -> crate::kvm::Optional {
+        self.host.optional
     }
 
     pub(crate) fn fd(&self) -> &VmFd {
