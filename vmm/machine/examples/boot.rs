@@ -1,8 +1,11 @@
 //! Boots a kernel with a serial console on standard output, and says how it ended, how long it took and which exits it had.
 //!
 //! `boot --kernel vmlinux [--initramfs cpio] [--append LINE] [--memory MIB] [--cpus RUNNING,PRESENT] [--entry any|pvh|linux64]
-//! [--huge-pages] [--shared] [--trace] [--no-serial] [--no-pci] [--vsock SOCKET [--probe PORT]] [--until TEXT] [--seconds N]`
+//! [--huge-pages] [--shared] [--trace] [--no-serial] [--no-pci] [--vsock SOCKET [--probe PORT]] [--until TEXT] [--seconds N]
+//! [--hot-disk FILE]`
 //!
+//! `--hot-disk`: once the console shows `READY`, all vCPUs are made runnable and the file becomes a disk on the bus; once it shows `GONE`,
+//! the disk is taken away.
 //! `--vsock` adds a socket device behind a Unix socket, `--probe` stops the machine once somebody listens on that port of the guest.
 //! `--until` stops the machine once the console has shown a text; `--seconds` is the longest that it may run.
 
@@ -20,24 +23,32 @@ use caisson_devices::{
     pci::{Ecam, PciAddress, PciRoot, Window},
     ports::{Interrupts, Unconfined, Unheard},
     serial::SerialPort,
-    virtio::{Attachment, Host as DeviceHost, VirtioPci, vsock::VsockDevice},
+    virtio::{
+        Attachment, Host as DeviceHost, VirtioDevice, VirtioPci,
+        block::{Block, BlockConfig},
+        vsock::VsockDevice,
+    },
 };
-use caisson_machine::{Backing, Config, End, Entry, Host, Kernel, Vm, layout};
+use caisson_machine::{Backing, Config, ConfigMirror, End, Entry, Host, Kernel, Vm, layout};
 
-/// Copies to standard output, and says when a text has gone by.
+/// What goes on in the guest.
+enum Heard {
+    Line(String),
+    Listens,
+}
+
+/// Copies to standard output, and tells of each line.
 struct Console {
-    until: Option<String>,
-    seen: String,
-    found: mpsc::Sender<()>,
+    line: String,
+    heard: mpsc::Sender<Heard>,
 }
 
 impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(until) = &self.until {
-            self.seen.push_str(&String::from_utf8_lossy(bytes));
-            if self.seen.contains(until) {
-                self.found.send(()).ok();
-                self.until = None;
+        for part in String::from_utf8_lossy(bytes).split_inclusive('\n') {
+            self.line.push_str(part);
+            if self.line.ends_with('\n') {
+                self.heard.send(Heard::Line(std::mem::take(&mut self.line))).ok();
             }
         }
         io::stdout().write(bytes)
@@ -56,13 +67,15 @@ struct Arguments {
     pci: bool,
     vsock: Option<PathBuf>,
     probe: Option<u32>,
+    hot_disk: Option<PathBuf>,
 }
 
 fn arguments() -> Result<Arguments> {
     let mut config = Config::new(128 << 20);
     config.serial = true;
     let (mut kernel, mut initramfs, mut line, mut entry) = (None, None, String::new(), Entry::Any);
-    let (mut until, mut seconds, mut pci, mut vsock, mut probe) = (None, 60, true, None, None);
+    let (mut until, mut seconds, mut pci) = (None, 60, true);
+    let (mut vsock, mut probe, mut hot_disk) = (None, None, None);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
@@ -90,6 +103,7 @@ fn arguments() -> Result<Arguments> {
             "--no-pci" => pci = false,
             "--vsock" => vsock = Some(value()?.into()),
             "--probe" => probe = Some(value()?.parse()?),
+            "--hot-disk" => hot_disk = Some(value()?.into()),
             "--until" => until = Some(value()?),
             "--seconds" => seconds = value()?.parse()?,
             _ => bail!("{word}: see the head of examples/boot.rs"),
@@ -108,6 +122,7 @@ fn arguments() -> Result<Arguments> {
         pci,
         vsock,
         probe,
+        hot_disk,
     })
 }
 
@@ -117,44 +132,57 @@ fn main() -> Result<()> {
     let (trace, serial) = (arguments.config.trace_exits, arguments.config.serial);
     let host = Host::open(Path::new("/dev/kvm"))?;
     let vm = Vm::new(host, arguments.config)?;
-    let (found, wait) = mpsc::channel();
+    let (heard, hear) = mpsc::channel();
     if serial {
         let console = Console {
-            until: arguments.until,
-            seen: String::new(),
-            found: found.clone(),
+            line: String::new(),
+            heard: heard.clone(),
         };
         let line = Interrupts::line(&*vm.interrupts(), layout::SERIAL_GSI)?;
         let port = SerialPort::new(line, console, u64::MAX);
         vm.pio().insert(layout::SERIAL_PORT.into(), 8, Arc::new(port))?;
     }
     if let Some(port) = arguments.probe {
-        let (socket, found) = (
-            arguments.vsock.clone().context("--probe needs --vsock")?,
-            found.clone(),
-        );
-        std::thread::spawn(move || probe(&socket, port, &found));
+        let socket = arguments.vsock.clone().context("--probe needs --vsock")?;
+        std::thread::spawn(move || probe(&socket, port, &heard));
     }
-    if arguments.pci {
-        let root = Arc::new(PciRoot::new(Window::new(layout::PCI_WINDOW), vm.mmio()));
-        let mirror = vm.mirror_config(Arc::new(Ecam::new(Arc::clone(&root))))?;
-        if let Some(socket) = &arguments.vsock {
-            let place = add_vsock(&vm, &root, socket)?;
-            mirror.refresh(place.device, place.function);
-        }
+    let bus = arguments.pci.then(|| PciBus::new(&vm)).transpose()?;
+    if let (Some(socket), Some(bus)) = (&arguments.vsock, &bus) {
+        std::fs::remove_file(socket).ok();
+        bus.add(
+            &vm,
+            Box::new(VsockDevice::new(
+                3,
+                UnixListener::bind(socket)?,
+                host_of_devices(),
+            )?),
+        )?;
     }
     let made = started.elapsed();
     let machine = vm.boot(&arguments.kernel)?;
     let booted = started.elapsed();
-    let ends = machine.vm().ends();
-    std::thread::spawn(move || {
-        // Ends when the text was seen, or with the process.
-        if wait.recv_timeout(Duration::from_secs(arguments.seconds)).is_ok() {
-            ends.report(End::Stopped);
-        } else {
-            ends.report(End::Failed("took too long".into()));
+    let deadline = started + Duration::from_secs(arguments.seconds);
+    let mut disk = None;
+    while machine.ends().reported().is_none() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match hear.recv_timeout(left.min(Duration::from_millis(20))) {
+            Ok(Heard::Line(line)) if line.starts_with("READY") => {
+                machine.grow_cpus(machine.vm().config().cpus)?;
+                if let (Some(file), Some(bus)) = (&arguments.hot_disk, &bus) {
+                    disk = Some(bus.add(machine.vm(), disk_of(file)?)?);
+                }
+            }
+            Ok(Heard::Line(line)) if line.starts_with("GONE") => {
+                if let (Some(place), Some(bus)) = (disk.take(), &bus) {
+                    bus.remove(place)?;
+                }
+            }
+            Ok(Heard::Line(line)) if arguments.until.as_ref().is_none_or(|text| !line.contains(text)) => {}
+            Ok(Heard::Line(_) | Heard::Listens) => machine.stop(),
+            Err(_) if left.is_zero() => machine.ends().report(End::Failed("it took too long".into())),
+            Err(_) => {}
         }
-    });
+    }
     let end = machine.wait();
     let all = started.elapsed();
     let usage = cpu_time()?;
@@ -168,25 +196,57 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn add_vsock(vm: &Vm, root: &PciRoot, socket: &Path) -> Result<PciAddress> {
-    std::fs::remove_file(socket).ok();
-    let listener = UnixListener::bind(socket)?;
-    let host = DeviceHost {
+/// The PCI bus, and what the guest sees of it.
+struct PciBus {
+    root: Arc<PciRoot>,
+    mirror: Arc<ConfigMirror>,
+}
+
+impl PciBus {
+    fn new(vm: &Vm) -> Result<Self> {
+        let root = Arc::new(PciRoot::new(Window::new(layout::PCI_WINDOW), vm.mmio()));
+        let mirror = vm.mirror_config(Arc::new(Ecam::new(Arc::clone(&root))))?;
+        Ok(Self { root, mirror })
+    }
+
+    fn add(&self, vm: &Vm, device: Box<dyn VirtioDevice>) -> Result<PciAddress> {
+        let attachment = Attachment {
+            memory: vm.memory(),
+            interrupts: vm.interrupts(),
+            doorbells: vm.doorbells(),
+            events: Arc::new(Unheard),
+        };
+        let place = self.root.add(VirtioPci::new(device, attachment)?)?;
+        self.mirror.refresh(place.device, place.function);
+        Ok(place)
+    }
+
+    fn remove(&self, place: PciAddress) -> Result<()> {
+        self.root.remove(place)?;
+        self.mirror.refresh(place.device, place.function);
+        Ok(())
+    }
+}
+
+fn host_of_devices() -> DeviceHost {
+    DeviceHost {
         threads: Arc::new(Unconfined),
         events: Arc::new(Unheard),
+    }
+}
+
+fn disk_of(file: &Path) -> Result<Box<dyn VirtioDevice>> {
+    let config = BlockConfig {
+        files: vec![File::options().read(true).write(true).open(file)?],
+        read_only: false,
+        serial: "hot".into(),
+        block_bytes: 512,
     };
-    let device = VsockDevice::new(3, listener, host)?;
-    let attachment = Attachment {
-        memory: vm.memory(),
-        interrupts: vm.interrupts(),
-        doorbells: vm.doorbells(),
-        events: Arc::new(Unheard),
-    };
-    Ok(root.add(VirtioPci::new(Box::new(device), attachment)?)?)
+    Ok(Box::new(Block::new(config, host_of_devices())?.0))
 }
 
 /// Asks again and again, until somebody in the guest listens.
-fn probe(socket: &Path, port: u32, found: &mpsc::Sender<()>) {
+fn probe(socket: &Path, port: u32, heard: &mpsc::Sender<Heard>) {
     loop {
         let asked = UnixStream::connect(socket).and_then(|mut stream| {
             stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
@@ -195,7 +255,7 @@ fn probe(socket: &Path, port: u32, found: &mpsc::Sender<()>) {
             Ok(answer)
         });
         if asked.is_ok_and(|answer| answer.starts_with("OK")) {
-            found.send(()).ok();
+            heard.send(Heard::Listens).ok();
             return;
         }
         std::thread::sleep(Duration::from_millis(5));

@@ -50,26 +50,39 @@ impl std::fmt::Debug for ConfigMirror {
     }
 }
 
-impl ConfigMirror {
-    /// Shows what `space` has now.
-    pub(crate) fn new(space: Arc<dyn BusDevice>, slots: &Slots) -> Result<Self, Error> {
-        let failed = |source| Error::Kvm {
+/// Configuration space as it is shown before there is anything; None where KVM has no such memory.
+#[derive(Debug)]
+pub(crate) struct Unmirrored(Option<Arc<GuestRegionMmap>>);
+
+impl Unmirrored {
+    /// Shows it. A slot like all others, so this belongs before the interrupt controllers.
+    pub(crate) fn show(slots: &Slots) -> Result<Self, Error> {
+        let shown = || {
+            let region = Arc::new(empty()?);
+            match slots.show_for_ever(Arc::clone(&region)) {
+                Ok(()) => Ok(Some(region)),
+                Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(None),
+                Err(e) => Err(e),
+            }
+        };
+        shown().map(Self).map_err(|source| Error::Kvm {
             what: "show PCI configuration space to the guest",
             source,
-        };
-        let region = Arc::new(empty().map_err(failed)?);
-        let mirror = match slots.show_for_ever(Arc::clone(&region)) {
-            Ok(()) => Self {
-                space,
-                copy: Some(Mutex::new(region)),
-            },
-            Err(e) if e.kind() == io::ErrorKind::Unsupported => Self { space, copy: None },
-            Err(e) => return Err(failed(e)),
+        })
+    }
+}
+
+impl ConfigMirror {
+    /// Shows what `space` has now.
+    pub(crate) fn new(space: Arc<dyn BusDevice>, shown: &Unmirrored) -> Self {
+        let mirror = Self {
+            space,
+            copy: shown.0.clone().map(Mutex::new),
         };
         for device in 0..DEVICES {
             mirror.refresh_at(device * FUNCTIONS * FUNCTION);
         }
-        Ok(mirror)
+        mirror
     }
 
     /// A function has come or gone: whoever adds and removes them says so, before the guest is told.

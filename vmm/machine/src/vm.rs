@@ -17,7 +17,7 @@ use crate::{
     Error, Host, Machine, Tweaks,
     acpi::Described,
     boot::{self, Kernel},
-    config_mirror::ConfigMirror,
+    config_mirror::{ConfigMirror, Unmirrored},
     doorbells::KvmDoorbells,
     ends::Ends,
     interrupts::{Controller, KvmInterrupts},
@@ -91,6 +91,7 @@ pub struct Vm {
     config: Config,
     layout: Mutex<Layout>,
     slots: Arc<Slots>,
+    unmirrored: Unmirrored,
     controller: Arc<Controller>,
     pio: Bus,
     mmio: Bus,
@@ -126,6 +127,7 @@ impl Vm {
             optional.read_only_memory,
             slot_limit,
         )?;
+        let unmirrored = Unmirrored::show(&slots)?;
         fd.create_irq_chip()
             .map_err(Error::kvm("create the interrupt controllers"))?;
         if optional.no_counters && !config.tweaks.counters {
@@ -151,6 +153,7 @@ impl Vm {
             config,
             layout: Mutex::new(layout),
             slots: Arc::new(slots),
+            unmirrored,
             pio,
             mmio: Bus::new(),
             ends,
@@ -199,7 +202,7 @@ impl Vm {
     /// Puts PCI configuration space on the bus of memory-mapped devices, at [`crate::layout::ECAM`]; where KVM can, so that the guest
     /// reads it without an exit.
     pub fn mirror_config(&self, space: Arc<dyn BusDevice>) -> Result<Arc<ConfigMirror>, Error> {
-        let mirror = Arc::new(ConfigMirror::new(space, &self.slots)?);
+        let mirror = Arc::new(ConfigMirror::new(space, &self.unmirrored));
         self.mmio
             .insert(
                 ECAM.start,
