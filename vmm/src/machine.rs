@@ -16,7 +16,7 @@ use caisson_devices::{
         vsock::{VsockDevice, VsockError},
     },
 };
-use caisson_machine::{Backing, Config, Entry, Host, Kernel, Machine, Ram, Vm, layout};
+use caisson_machine::{Backing, Config, ConfigMirror, Entry, Host, Kernel, Machine, Ram, Vm, layout};
 use caisson_vmm_api::spec::{self, VmSpec};
 
 use crate::{
@@ -170,6 +170,8 @@ fn config(spec: &VmSpec, filters: &Arc<Filters>) -> Config {
 #[derive(Debug)]
 pub(crate) struct Places {
     root: Arc<PciRoot>,
+    /// What the guest sees of the root bus without an exit; told of every function that comes or goes.
+    config: Arc<ConfigMirror>,
     attachment: Attachment,
     host: virtio::Host,
     console: Arc<SerialPort<File>>,
@@ -190,16 +192,10 @@ impl Places {
             )
             .map_err(|e| BuildError::Bus("serial port", e))?;
         let root = Arc::new(PciRoot::new(Window::new(layout::PCI_WINDOW), vm.mmio()));
-        let ecam = layout::ECAM;
-        vm.mmio()
-            .insert(
-                ecam.start,
-                ecam.end - ecam.start,
-                Arc::new(Ecam::new(Arc::clone(&root))),
-            )
-            .map_err(|e| BuildError::Bus("PCI configuration space", e))?;
+        let config = vm.mirror_config(Arc::new(Ecam::new(Arc::clone(&root))))?;
         Ok(Self {
             root,
+            config,
             attachment: Attachment {
                 memory: vm.memory(),
                 interrupts: vm.interrupts(),
@@ -234,7 +230,9 @@ impl Places {
 
     fn add(&self, device: Box<dyn VirtioDevice>) -> Result<PciAddress, BuildError> {
         let function = VirtioPci::new(device, self.attachment.clone())?;
-        Ok(self.root.add(function)?)
+        let place = self.root.add(function)?;
+        self.config.refresh(place.device, place.function);
+        Ok(place)
     }
 
     /// Adds a disk to a running VM. The guest finds it when it looks at its bus again.
@@ -250,7 +248,9 @@ impl Places {
 
     /// Takes a device away. The guest should have let go of it.
     pub(crate) fn remove(&self, place: PciAddress) -> Result<(), BuildError> {
-        Ok(self.root.remove(place)?)
+        self.root.remove(place)?;
+        self.config.refresh(place.device, place.function);
+        Ok(())
     }
 
     /// Writes out what the console holds back.
