@@ -30,6 +30,9 @@ const INTERFACE_BOUND: Duration = Duration::from_secs(5);
 /// After this long without the disk, the PCI bus is asked to look again, once: not every hypervisor can announce.
 const RESCAN_AFTER: Duration = Duration::from_millis(500);
 
+/// This word on the kernel's command line says that the hypervisor never announces, so that there is nothing to wait for.
+const RESCAN_WORD: &str = "caisson.rescan";
+
 /// Longest sleep between two looks: an announcement can be lost when the socket's buffer overflows.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
@@ -62,6 +65,11 @@ fn wait<T>(
     let announcements = announcements()?;
     let begin = Instant::now();
     let mut rescan_due = rescan;
+    let rescan_after = if rescan && hypervisor_never_announces() {
+        Duration::ZERO
+    } else {
+        RESCAN_AFTER
+    };
     loop {
         // After the socket exists, so that nothing falls between.
         if let Some(found) = look() {
@@ -75,7 +83,7 @@ fn wait<T>(
                 seconds: bound.as_secs(),
             });
         }
-        if rescan_due && waited >= RESCAN_AFTER {
+        if rescan_due && waited >= rescan_after {
             rescan_due = false;
             if fs::write("/sys/bus/pci/rescan", "1").is_err() {
                 // No PCI: then the device has to announce itself.
@@ -84,6 +92,11 @@ fn wait<T>(
         }
         drain(&announcements, LOOK_AGAIN)?;
     }
+}
+
+fn hypervisor_never_announces() -> bool {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    line.split_ascii_whitespace().any(|word| word == RESCAN_WORD)
 }
 
 fn announcements() -> Result<OwnedFd, AgentError> {

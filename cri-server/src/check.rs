@@ -9,7 +9,7 @@ use caisson_hypervisor::kvm;
 use caisson_net::Network;
 use serde_json::json;
 
-use crate::{config::Config, daemon, status::chain};
+use crate::{config::Config, drivers, status::chain};
 
 /// How a finding bears on pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,7 +178,7 @@ fn kvm_device() -> Finding {
 }
 
 async fn hypervisor(config: &Config) -> Finding {
-    match daemon::hypervisor(config).await {
+    match drivers::choose(config).await {
         Ok(driver) => good("hypervisor", format!("{}: {}", driver.name(), driver.describe())),
         Err(error) => bad(
             "hypervisor",

@@ -1,20 +1,18 @@
 //! The composition root: chooses the driver, opens each room in order, and serves until told to stop.
 //!
-//! Every driver is named in [`hypervisor`] and nowhere else. Each function below makes one thing; what is made runs elsewhere.
+//! Every driver is named in [`drivers`] and nowhere else. Each function below makes one thing; what is made runs elsewhere.
 
 use std::sync::Arc;
 
 use anyhow::Context;
-use caisson_hypervisor::Hypervisor;
 use caisson_image::ImageStore;
 use caisson_net::Network;
-use caisson_qemu::{Qemu, QemuConfig};
 use caisson_sandbox::Sandboxes;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    config::{Config, Driver},
-    notify,
+    config::Config,
+    drivers, notify,
     pod_cidr::PodCidrStore,
     rpc::service::Cri,
     runtime::{Runtime, Settings, VERSION},
@@ -56,7 +54,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
 
 /// Opens each room; the order is that of who needs whom.
 async fn open(config: &Config) -> anyhow::Result<Runtime> {
-    let hypervisor = hypervisor(config).await?;
+    let hypervisor = drivers::choose(config).await?;
     let network = Network::new(config.network.clone());
     let images = ImageStore::open(config.images.clone())
         .await
@@ -78,29 +76,6 @@ async fn open(config: &Config) -> anyhow::Result<Runtime> {
     };
     runtime.collect_images().await;
     Ok(runtime)
-}
-
-/// The driver that was configured, or the best one for this host.
-pub async fn hypervisor(config: &Config) -> anyhow::Result<Arc<dyn Hypervisor>> {
-    match config.hypervisor.driver {
-        // One driver so far: a better one goes before it here.
-        Driver::Auto | Driver::Qemu => {
-            let qemu = Qemu::detect(qemu_config(config))
-                .await
-                .context("cannot use QEMU")?;
-            Ok(Arc::new(qemu))
-        }
-    }
-}
-
-fn qemu_config(config: &Config) -> QemuConfig {
-    let choice = &config.hypervisor;
-    QemuConfig {
-        binary: choice.qemu.clone(),
-        vsock_backend: choice.vsock_backend.clone(),
-        accelerator: choice.accelerator,
-        user: choice.user,
-    }
 }
 
 fn settings(config: &Config) -> Settings {

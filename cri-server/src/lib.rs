@@ -9,6 +9,7 @@ pub mod check;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+mod drivers;
 pub mod inquiry;
 pub mod metrics;
 pub mod notify;

@@ -12,6 +12,7 @@ use caisson_devices::{
     serial::SerialPort,
     virtio::{
         self, Attachment, VirtioDevice, VirtioPci, VirtioPciError,
+        block::{Block, BlockConfig, BlockHandle, DiskError},
         rng::Rng,
         vsock::{VsockDevice, VsockError},
     },
@@ -26,18 +27,10 @@ use crate::{
 
 /// What a guest can write to its console in all: the daemon cuts the file, but there may be no daemon for a while.
 const CONSOLE_BYTES_MAX: u64 = 256 << 20;
+/// What the guest should read and write at once: a page, which is what it has.
+const BLOCK_BYTES: u32 = 4096;
 /// Ports of a serial port.
 const SERIAL_PORTS: u64 = 8;
-
-/// What can be done to a disk while it is there.
-#[derive(Debug)]
-pub(crate) struct DiskHandle;
-
-impl DiskHandle {
-    pub(crate) fn resize(&self) -> Result<(), BuildError> {
-        Err(BuildError::Missing("resizing of disks"))
-    }
-}
 
 /// Why a machine could not be built or changed.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +47,8 @@ pub(crate) enum BuildError {
     Vsock(#[from] VsockError),
     #[error("cannot attach a device")]
     Attach(#[from] VirtioPciError),
+    #[error("cannot make a disk")]
+    Disk(#[from] DiskError),
     #[error("this VMM has no {0}")]
     Missing(&'static str),
     #[error("cannot put a device on the PCI bus")]
@@ -65,14 +60,14 @@ pub(crate) struct Built {
     vm: Vm,
     kernel: Kernel,
     places: Places,
-    disks: Vec<(String, DiskHandle)>,
+    disks: Vec<(String, BlockHandle)>,
 }
 
 /// A machine that runs.
 pub(crate) struct Booted {
     pub(crate) machine: Machine,
     pub(crate) places: Places,
-    pub(crate) disks: Vec<(String, DiskHandle)>,
+    pub(crate) disks: Vec<(String, BlockHandle)>,
 }
 
 impl Built {
@@ -212,11 +207,18 @@ impl Places {
 
     fn disk(
         &self,
-        _s: &str,
-        _f: Vec<OwnedFd>,
-        _r: bool,
-    ) -> Result<(Box<dyn VirtioDevice>, DiskHandle), BuildError> {
-        Err(BuildError::Missing("disks"))
+        serial: &str,
+        files: Vec<OwnedFd>,
+        read_only: bool,
+    ) -> Result<(Box<dyn VirtioDevice>, BlockHandle), BuildError> {
+        let config = BlockConfig {
+            files: files.into_iter().map(File::from).collect(),
+            read_only,
+            serial: serial.to_owned(),
+            block_bytes: BLOCK_BYTES,
+        };
+        let (device, handle) = Block::new(config, self.host.clone())?;
+        Ok((Box::new(device), handle))
     }
 
     fn nic(
@@ -241,7 +243,7 @@ impl Places {
         serial: &str,
         files: Vec<OwnedFd>,
         read_only: bool,
-    ) -> Result<(DiskHandle, PciAddress), BuildError> {
+    ) -> Result<(BlockHandle, PciAddress), BuildError> {
         let (device, handle) = self.disk(serial, files, read_only)?;
         Ok((handle, self.add(device)?))
     }

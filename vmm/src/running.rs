@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use caisson_devices::pci::PciAddress;
+use caisson_devices::{pci::PciAddress, virtio::block::BlockHandle};
 use caisson_machine::{End, Machine};
 use caisson_vmm_api::{
     control::{Refusal, State, Status},
@@ -15,7 +15,7 @@ use caisson_vmm_api::{
 
 use crate::{
     control::{Ending, Operations, Refused, Resize},
-    machine::{Booted, DiskHandle, Places},
+    machine::{Booted, Places},
 };
 
 /// The VM.
@@ -40,7 +40,7 @@ struct Changing {
 
 #[derive(Debug)]
 struct Attached {
-    handle: DiskHandle,
+    handle: BlockHandle,
     /// Absent: it was there at boot, and stays.
     place: Option<PciAddress>,
 }
@@ -108,7 +108,12 @@ impl Operations for Running {
             vcpus: self.machine.cpus().into(),
             vcpus_max: self.vcpus_max,
             memory_mib: self.memory_mib,
-            disks: changing.disks.keys().cloned().collect(),
+            disks: changing
+                .disks
+                .iter()
+                .filter(|(_, disk)| disk.place.is_some())
+                .map(|(serial, _)| serial.clone())
+                .collect(),
             free_slots: changing.free_slots,
             exits,
         }
@@ -156,7 +161,11 @@ impl Operations for Running {
     fn resize_disk(&self, serial: &str) -> Result<(), Refused> {
         let changing = self.changing();
         let attached = changing.disks.get(serial).ok_or_else(|| no_disk(serial))?;
-        attached.handle.resize().map_err(|e| Refused::failed(&e))
+        attached
+            .handle
+            .resized()
+            .map(drop)
+            .map_err(|e| Refused::failed(&e))
     }
 
     fn resize(&self, what: Resize) -> Result<(), Refused> {

@@ -29,6 +29,9 @@ pub const DEFAULT_FILE: &str = "/etc/caisson/config.toml";
 /// File name of the vsock helper, which is looked for beside the daemon and then in [`LIBEXEC`].
 pub const VSOCK_BACKEND: &str = "caisson-vhost-vsock";
 
+/// File name of the built-in VMM, which is looked for in the same places.
+pub const VMM: &str = "caisson-vmm";
+
 const LIBEXEC: &str = "/usr/libexec/caisson";
 
 /// Everything that is configured, validated.
@@ -98,7 +101,9 @@ pub struct VmSize {
 pub struct HypervisorChoice {
     /// The driver.
     pub driver: Driver,
-    /// How guest code is executed.
+    /// The built-in VMM's program.
+    pub vmm: PathBuf,
+    /// How QEMU executes guest code; `tcg` also rules out the built-in VMM.
     pub accelerator: Accelerator,
     /// `qemu-system-x86_64`; absent: from PATH.
     pub qemu: Option<PathBuf>,
@@ -113,6 +118,8 @@ pub struct HypervisorChoice {
 pub enum Driver {
     /// The best one for this host.
     Auto,
+    /// Our own VMM.
+    Builtin,
     /// QEMU.
     Qemu,
 }
@@ -159,7 +166,7 @@ pub struct Overrides {
     /// Registry (host:port) that is spoken to over plain HTTP; may be repeated
     #[arg(long, value_name = "HOST:PORT", global = true)]
     pub insecure_registry: Vec<String>,
-    /// Driver that runs the VMs: auto or qemu [default: auto]
+    /// Driver that runs the VMs: auto, builtin or qemu [default: auto]
     #[arg(long, value_name = "DRIVER", global = true)]
     pub hypervisor: Option<String>,
     /// What is logged: error, warn, info, debug, or a filter such as caisson_sandbox=debug,info [default: info]
@@ -276,6 +283,7 @@ impl Config {
             "cmdline": self.guest.cmdline,
             "driver": format!("{:?}", self.hypervisor.driver).to_lowercase(),
             "accelerator": format!("{:?}", self.hypervisor.accelerator).to_lowercase(),
+            "vmm": self.hypervisor.vmm,
             "vsockBackend": self.hypervisor.vsock_backend,
             "user": self.hypervisor.user.to_string(),
             "defaultMemoryMiB": self.vm.default_memory_mib,
@@ -357,7 +365,17 @@ fn vm(top: &mut Section) -> VmSize {
 
 fn hypervisor(top: &mut Section) -> HypervisorChoice {
     top.section("hypervisor", |section| HypervisorChoice {
-        driver: section.choice("driver", &[("auto", Driver::Auto), ("qemu", Driver::Qemu)]),
+        driver: section.choice(
+            "driver",
+            &[
+                ("auto", Driver::Auto),
+                ("builtin", Driver::Builtin),
+                ("qemu", Driver::Qemu),
+            ],
+        ),
+        vmm: section
+            .optional_absolute("vmm")
+            .unwrap_or_else(|| beside_the_daemon(VMM)),
         accelerator: section.choice(
             "accelerator",
             &[

@@ -13,6 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "caissond",
         &[
+            "caisson-builtin",
             "caisson-cri-api",
             "caisson-hypervisor",
             "caisson-image",
@@ -41,6 +42,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("caisson-net", &[]),
     ("caisson-agent", &["caisson-agent-api"]),
     ("caisson-agent-api", &[]),
+    ("caisson-builtin", &["caisson-hypervisor", "caisson-vmm-api"]),
+    (
+        "caisson-vmm",
+        &[
+            "caisson-confinement",
+            "caisson-devices",
+            "caisson-machine",
+            "caisson-vmm-api",
+        ],
+    ),
+    ("caisson-vmm-api", &[]),
+    ("caisson-confinement", &[]),
+    ("caisson-machine", &["caisson-devices"]),
     ("caisson-devices", &[]),
     ("caisson-vhost-vsock", &["caisson-devices"]),
     ("caisson-e2e", &[]),
@@ -51,6 +65,7 @@ const RESERVED: &[(&str, &[&str])] = &[
     ("rtnetlink", &["caisson-net"]),
     ("reqwest", &["caisson-image"]),
     ("k8s-cri", &["caisson-e2e"]),
+    ("kvm-ioctls", &["caisson-machine"]),
     // The vhost-user framework hands its rings over in this crate's types.
     ("virtio-queue", &["caisson-devices", "caisson-vhost-vsock"]),
 ];
@@ -102,7 +117,14 @@ fn dependencies_point_one_way() -> Result<()> {
         );
     }
     for asynchronous in ["tokio", "tonic"] {
-        for room in ["caisson-devices", "caisson-vhost-vsock"] {
+        for room in [
+            "caisson-confinement",
+            "caisson-devices",
+            "caisson-machine",
+            "caisson-vhost-vsock",
+            "caisson-vmm",
+            "caisson-vmm-api",
+        ] {
             ensure!(
                 !rooms[room].contains(asynchronous),
                 "{room} must not use {asynchronous}"

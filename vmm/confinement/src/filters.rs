@@ -100,6 +100,8 @@ const EVERY_THREAD: &[libc::c_long] = &[
     libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_futex,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
@@ -202,6 +204,8 @@ const NEW_THREAD: Argument = Argument {
 
 /// All of linux/kvm.h: requests of type 0xAE.
 const KVM: Argument = request_type(0xAE);
+/// KVM_SIGNAL_MSI of linux/kvm.h: how a device interrupts the guest.
+const INTERRUPT: Argument = equals(1, 0x4020_aea5);
 /// All of linux/vhost.h: requests of type 0xAF.
 const VHOST: Argument = request_type(0xAF);
 
@@ -266,9 +270,14 @@ impl List {
             ThreadKind::Vcpu => {
                 list.threads();
                 list.with(libc::SYS_ioctl, &[KVM]);
+                // A driver starts its device on this thread: what the device's own thread waits for is made here.
+                list.calls(&[libc::SYS_dup, libc::SYS_epoll_create1, libc::SYS_timerfd_create]);
+                list.with(libc::SYS_ioctl, &TAP);
+                list.with(libc::SYS_ioctl, &[VHOST]);
             }
             ThreadKind::Block => {
                 list.calls(BLOCK);
+                list.calls(&[libc::SYS_timerfd_settime]);
                 list.with(libc::SYS_ioctl, &BLOCK_DEVICE);
             }
             ThreadKind::Net => {
@@ -289,6 +298,9 @@ impl List {
                 ]);
                 list.with(libc::SYS_ioctl, &[KVM]);
             }
+        }
+        if !matches!(kind, ThreadKind::Control | ThreadKind::Vcpu | ThreadKind::Memory) {
+            list.with(libc::SYS_ioctl, &[INTERRUPT]);
         }
         if kind == ThreadKind::Control {
             // Every thread has this filter below its own.
