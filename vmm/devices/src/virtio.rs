@@ -10,6 +10,7 @@ pub mod block;
 mod chain;
 mod device;
 mod interrupt;
+pub mod net;
 mod pci;
 pub mod rng;
 mod transport;

@@ -15,9 +15,13 @@ mod conformance;
 
 #[path = "virtio/block.rs"]
 mod block;
+#[path = "virtio/net.rs"]
+mod net;
 #[path = "virtio/rng.rs"]
 mod rng;
 #[path = "virtio/transport.rs"]
 mod transport;
 #[path = "virtio/vsock.rs"]
 mod vsock;
+#[path = "virtio/wire.rs"]
+mod wire;

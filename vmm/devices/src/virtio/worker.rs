@@ -66,6 +66,15 @@ impl Source {
             events: EventSet::IN,
         }
     }
+
+    /// Ready once for each time that something comes, or that there is room again to write.
+    pub(crate) fn edge_both(fd: &impl AsRawFd, token: u64) -> Self {
+        Self {
+            fd: fd.as_raw_fd(),
+            token,
+            events: EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
+        }
+    }
 }
 
 /// What a worker does.
