@@ -1,8 +1,8 @@
-//! Devices of a VM, independent of how they are attached to it.
+//! Devices of a VM, from the bus on which a vCPU reaches them to the host's files.
 //!
-//! Owns what happens between a guest's queues and the host's files. Must not know KVM, PCI, vhost-user, or Kubernetes: whoever embeds
-//! a device brings guest memory, queues and an event loop. Everything that comes from the guest is hostile: no panic, checked
-//! arithmetic, named caps on every size that the guest chooses.
+//! Owns what happens between a guest's accesses and queues, and the host. Must not know KVM, vhost-user, or Kubernetes: whoever embeds
+//! devices brings what [`ports`] asks for. Everything that comes from the guest is hostile: no panic, checked arithmetic, named caps on
+//! every size that the guest chooses.
 
 pub mod bus;
 mod complaints;

@@ -6,12 +6,16 @@
 //! - `worker`: the thread on which a device works;
 //! - the rest: one module for each kind of device.
 
+pub mod balloon;
 pub mod block;
 mod chain;
 mod device;
+mod discard;
 mod interrupt;
+pub mod mem;
 pub mod net;
 mod pci;
+pub mod pmem;
 pub mod rng;
 mod transport;
 pub mod vsock;

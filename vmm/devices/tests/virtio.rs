@@ -13,10 +13,16 @@ mod machine;
 #[macro_use]
 mod conformance;
 
+#[path = "virtio/balloon.rs"]
+mod balloon;
 #[path = "virtio/block.rs"]
 mod block;
+#[path = "virtio/mem.rs"]
+mod mem;
 #[path = "virtio/net.rs"]
 mod net;
+#[path = "virtio/pmem.rs"]
+mod pmem;
 #[path = "virtio/rng.rs"]
 mod rng;
 #[path = "virtio/transport.rs"]

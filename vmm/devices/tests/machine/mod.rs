@@ -14,13 +14,15 @@ use caisson_devices::{
     bus::Bus,
     pci::{Ecam, PciAddress, PciRoot, Window},
     ports::{
-        BusDevice, DeviceEvent, Doorbell, Doorbells, Events, GuestRam, Interrupts, MsiMessage, MsiVectors,
-        Unconfined,
+        BusDevice, DeviceEvent, Doorbell, Doorbells, Events, GuestRam, Interrupts, MemoryControl, MsiMessage,
+        MsiVectors, Unconfined,
     },
     virtio::{Attachment, Host, VirtioDevice, VirtioPci},
 };
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How long a condition may take that must come about.
@@ -127,6 +129,58 @@ impl Events for Shared {
     }
 }
 
+/// Memory that comes and goes.
+pub struct Slots {
+    ram: GuestRam,
+    /// Calls, as words.
+    pub calls: Mutex<Vec<String>>,
+    /// The next call fails.
+    pub refuse: Mutex<bool>,
+}
+
+impl Slots {
+    fn called(&self, call: String) -> io::Result<()> {
+        if std::mem::take(&mut *self.refuse.lock().unwrap()) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        self.calls.lock().unwrap().push(call);
+        Ok(())
+    }
+
+    fn insert(&self, region: GuestRegionMmap) {
+        let lock = self.ram.lock().unwrap();
+        let memory = self.ram.memory().insert_region(Arc::new(region)).unwrap();
+        lock.replace(memory);
+    }
+
+    pub fn taken(&self) -> Vec<String> {
+        std::mem::take(&mut *self.calls.lock().unwrap())
+    }
+}
+
+impl MemoryControl for Slots {
+    fn map(&self, region: GuestRegionMmap, read_only: bool) -> io::Result<()> {
+        let at = vm_memory::GuestMemoryRegion::start_addr(&region).0;
+        self.called(format!("map {at:#x} {read_only}"))?;
+        self.insert(region);
+        Ok(())
+    }
+
+    fn add_ram(&self, start: GuestAddress, bytes: u64) -> io::Result<()> {
+        self.called(format!("add {:#x} {bytes:#x}", start.0))?;
+        self.insert(GuestRegionMmap::from_range(start, bytes as usize, None).unwrap());
+        Ok(())
+    }
+
+    fn unmap(&self, start: GuestAddress, bytes: u64) -> io::Result<()> {
+        self.called(format!("unmap {:#x} {bytes:#x}", start.0))?;
+        let lock = self.ram.lock().unwrap();
+        let (memory, _) = self.ram.memory().remove_region(start, bytes).unwrap();
+        lock.replace(memory);
+        Ok(())
+    }
+}
+
 /// A machine with a PCI bus and memory.
 pub struct Machine {
     pub board: Arc<Board>,
@@ -151,6 +205,14 @@ impl Machine {
             root,
             ram: GuestMemoryAtomic::new(memory),
         }
+    }
+
+    pub fn slots(&self) -> Arc<Slots> {
+        Arc::new(Slots {
+            ram: self.ram.clone(),
+            calls: Mutex::default(),
+            refuse: Mutex::default(),
+        })
     }
 
     pub fn host(&self) -> Host {
