@@ -161,6 +161,7 @@ const BLOCK: &[libc::c_long] = &[
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_sync_file_range,
+    libc::SYS_timerfd_settime,
 ];
 
 const SOCKETS: &[libc::c_long] = &[
@@ -217,8 +218,14 @@ const fn request_type(kind: u64) -> Argument {
     }
 }
 
-/// TUNSETOFFLOAD and TUNSETVNETHDRSZ of linux/if_tun.h: what a NIC settles with its tap. Not TUNSETIFF, which makes taps.
-const TAP: [Argument; 2] = [equals(1, 0x4004_54d0), equals(1, 0x4004_54d8)];
+/// TUNGETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ and TUNSETQUEUE of linux/if_tun.h: what a NIC settles with its tap. Not TUNSETIFF, which makes
+/// taps.
+const TAP: [Argument; 4] = [
+    equals(1, 0x8004_54d2),
+    equals(1, 0x4004_54d0),
+    equals(1, 0x4004_54d8),
+    equals(1, 0x4004_54d9),
+];
 /// BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKDISCARD and BLKZEROOUT of linux/fs.h.
 const BLOCK_DEVICE: [Argument; 5] = [
     equals(1, 0x8008_1272),

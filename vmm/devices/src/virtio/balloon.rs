@@ -213,7 +213,7 @@ impl VirtioDevice for Balloon {
             interrupt: activation.interrupt,
             complaints: Complaints::new("balloon"),
         };
-        let worker = Worker::start(ThreadKind::Balloon, &self.host, server);
+        let worker = Worker::start(ThreadKind::Balloon, &self.host, move || Ok(server));
         self.worker = Some(worker.map_err(|source| ActivateError {
             device: "balloon",
             source,

@@ -183,15 +183,13 @@ impl VirtioDevice for Block {
             source,
         };
         let write_through = !self.shared.read_only && !activation.has(VIRTIO_BLK_F_FLUSH);
-        let server = Server::new(
-            Arc::clone(&self.shared),
-            queue,
-            activation.memory,
-            activation.interrupt,
-            self.host.clone(),
-            write_through,
-        );
-        let worker = server.and_then(|server| Worker::start(ThreadKind::Block, &self.host, server));
+        let (shared, host) = (Arc::clone(&self.shared), self.host.clone());
+        let Activation {
+            memory, interrupt, ..
+        } = activation;
+        let worker = Worker::start(ThreadKind::Block, &self.host, move || {
+            Server::new(shared, queue, memory, interrupt, host, write_through)
+        });
         self.worker = Some(worker.map_err(failed)?);
         Ok(())
     }

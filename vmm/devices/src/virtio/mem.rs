@@ -417,7 +417,7 @@ impl VirtioDevice for Mem {
             interrupt: activation.interrupt,
             complaints: Complaints::new("mem"),
         };
-        let worker = Worker::start(ThreadKind::Mem, &self.host, server);
+        let worker = Worker::start(ThreadKind::Mem, &self.host, move || Ok(server));
         self.worker = Some(worker.map_err(|source| ActivateError {
             device: "mem",
             source,

@@ -149,28 +149,33 @@ impl Net {
                 usize::from(self.mtu) + 18
             },
         };
-        use_pairs(&self.taps, 1)?;
+        let offloads = offloads(activation);
         for (index, tap) in self.taps.iter().enumerate() {
-            if index == 0 {
-                // One setting for all queues.
-                tap.set_offloads(offloads(activation))?;
-            }
             let (rx, tx) = (activation.queue(2 * index), activation.queue(2 * index + 1));
-            if let (Some(rx), Some(tx)) = (rx, tx) {
-                let (memory, interrupt) = (activation.memory.clone(), activation.interrupt.clone());
-                let pair = Pair::new(tap.try_clone()?, rx, tx, framing, memory, interrupt);
-                self.pairs.push(Worker::start(ThreadKind::Net, &self.host, pair)?);
-            }
+            let (Some(rx), Some(tx)) = (rx, tx) else {
+                continue;
+            };
+            let (memory, interrupt) = (activation.memory.clone(), activation.interrupt.clone());
+            let (taps, tap) = (self.taps.clone(), tap.clone());
+            let pair = move || {
+                if index == 0 {
+                    // One setting for all queues, of which only the first is in use so far.
+                    use_pairs(&taps, 1)?;
+                    tap.set_offloads(offloads)?;
+                }
+                Ok(Pair::new(tap, rx, tx, framing, memory, interrupt))
+            };
+            self.pairs.push(Worker::start(ThreadKind::Net, &self.host, pair)?);
         }
         if let Some(queue) = activation.queue(2 * self.taps.len()) {
             let control = Control {
-                taps: self.taps.iter().map(Tap::try_clone).collect::<io::Result<_>>()?,
+                taps: self.taps.clone(),
                 queue,
                 memory: activation.memory.clone(),
                 interrupt: activation.interrupt.clone(),
                 complaints: Complaints::new("net"),
             };
-            self.control = Some(Worker::start(ThreadKind::Net, &self.host, control)?);
+            self.control = Some(Worker::start(ThreadKind::Net, &self.host, move || Ok(control))?);
         }
         Ok(())
     }

@@ -220,7 +220,7 @@ impl VirtioDevice for Pmem {
             interrupt: activation.interrupt,
             complaints: Complaints::new("pmem"),
         };
-        let worker = Worker::start(ThreadKind::Pmem, &self.host, server);
+        let worker = Worker::start(ThreadKind::Pmem, &self.host, move || Ok(server));
         self.worker = Some(worker.map_err(|source| ActivateError {
             device: "pmem",
             source,

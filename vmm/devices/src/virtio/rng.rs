@@ -103,7 +103,7 @@ impl VirtioDevice for Rng {
             memory: activation.memory,
             interrupt: activation.interrupt,
         };
-        let worker = Worker::start(ThreadKind::Rng, &self.host, server);
+        let worker = Worker::start(ThreadKind::Rng, &self.host, move || Ok(server));
         self.worker = Some(worker.map_err(|source| ActivateError {
             device: "rng",
             source,

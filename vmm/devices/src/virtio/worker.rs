@@ -103,31 +103,28 @@ impl<S> fmt::Debug for Worker<S> {
 }
 
 impl<S: Serve> Worker<S> {
-    /// Starts a thread. When that fails, the server is lost, as is its device.
-    pub(crate) fn start(kind: ThreadKind, host: &Host, server: S) -> io::Result<Self> {
+    /// Starts a thread that makes its server and serves until it is stopped. Whoever starts a device is mostly a vCPU's thread, which may
+    /// do little; so everything that the server needs is made on the new thread, before it is confined.
+    pub(crate) fn start(
+        kind: ThreadKind,
+        host: &Host,
+        make: impl FnOnce() -> io::Result<S> + Send + 'static,
+    ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
-        let epoll = Epoll::new()?;
-        let own = Source::level(&stop, STOP);
-        for source in server.sources().into_iter().chain([own]) {
-            epoll.ctl(
-                ControlOperation::Add,
-                source.fd,
-                EpollEvent::new(source.events, source.token),
-            )?;
-        }
-        let (entered, outcome) = mpsc::sync_channel(1);
+        let stopped = stop.try_clone()?;
+        let (began, outcome) = mpsc::sync_channel(1);
         let (give_back, given_back) = mpsc::sync_channel(1);
         let own = host.clone();
         let work = move || {
-            let admitted = own.threads.enter(kind);
-            let stays_out = admitted.is_err();
-            // These fail only if nobody waits any more.
-            drop(entered.send(admitted));
-            let server = if stays_out {
-                server
-            } else {
-                run(kind, &own, &epoll, server)
-            };
+            let server =
+                match prepare(&stopped, make).and_then(|ready| own.threads.enter(kind).map(|()| ready)) {
+                    Ok((epoll, server)) => {
+                        // Fails only if nobody waits any more, as does the one below.
+                        drop(began.send(Ok(())));
+                        run(kind, &own, &epoll, server)
+                    }
+                    Err(e) => return drop(began.send(Err(e))),
+                };
             drop(give_back.send(server));
         };
         let builder = Builder::new()
@@ -151,6 +148,18 @@ impl<S: Serve> Worker<S> {
         self.thread.join().ok()?;
         self.given_back.try_recv().ok()
     }
+}
+
+/// The server, and what waits for its sources.
+fn prepare<S: Serve>(stop: &EventFd, make: impl FnOnce() -> io::Result<S>) -> io::Result<(Epoll, S)> {
+    let server = make()?;
+    let epoll = Epoll::new()?;
+    let own = Source::level(stop, STOP);
+    for source in server.sources().into_iter().chain([own]) {
+        let event = EpollEvent::new(source.events, source.token);
+        epoll.ctl(ControlOperation::Add, source.fd, event)?;
+    }
+    Ok((epoll, server))
 }
 
 fn run<S: Serve>(kind: ThreadKind, host: &Host, epoll: &Epoll, mut server: S) -> S {

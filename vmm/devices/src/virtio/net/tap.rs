@@ -8,6 +8,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, RawFd},
+    sync::Arc,
 };
 
 use crate::virtio::chain::IoVecs;
@@ -16,8 +17,8 @@ use crate::virtio::chain::IoVecs;
 pub const HEADER_BYTES: usize = 12;
 
 /// A descriptor of `/dev/net/tun` that has been attached to a tap, or of a macvtap.
-#[derive(Debug)]
-pub(super) struct Tap(File);
+#[derive(Debug, Clone)]
+pub(super) struct Tap(Arc<File>);
 
 fn ioctl<T>(fd: RawFd, request: libc::Ioctl, argument: *mut T) -> io::Result<()> {
     // SAFETY: the callers below pass an argument of the type that their request reads or writes, which lives as long as the call.
@@ -42,7 +43,7 @@ fn flags_request(flags: libc::c_int) -> libc::ifreq {
 impl Tap {
     /// Takes an attached descriptor, and makes it fit; an error says that it is no tap with virtio-net headers.
     pub(super) fn new(file: File) -> io::Result<Self> {
-        let tap = Self(file);
+        let tap = Self(Arc::new(file));
         let mut request = flags_request(0);
         ioctl(tap.as_raw_fd(), libc::TUNGETIFF, &raw mut request)?;
         // SAFETY: TUNGETIFF has written the flags, which are plain numbers in any case.
@@ -55,12 +56,8 @@ impl Tap {
         }
         let mut bytes = HEADER_BYTES as libc::c_int;
         ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw mut bytes)?;
-        rustix::io::ioctl_fionbio(&tap.0, true)?;
+        rustix::io::ioctl_fionbio(&*tap.0, true)?;
         Ok(tap)
-    }
-
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        self.0.try_clone().map(Self)
     }
 
     /// Which frames the guest can take without the host having finished them: `TUN_F_` bits.

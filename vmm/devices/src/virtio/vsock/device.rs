@@ -155,7 +155,7 @@ impl VirtioDevice for VsockDevice {
             memory: activation.memory,
             interrupt: activation.interrupt,
         };
-        self.worker = Some(Worker::start(ThreadKind::Vsock, &self.host, server).map_err(failed)?);
+        self.worker = Some(Worker::start(ThreadKind::Vsock, &self.host, move || Ok(server)).map_err(failed)?);
         Ok(())
     }
 
