@@ -12,7 +12,10 @@ use caisson_devices::{
     serial::SerialPort,
     virtio::{
         self, Attachment, VirtioDevice, VirtioPci, VirtioPciError,
+        balloon::Balloon,
         block::{Block, BlockConfig, BlockHandle, DiskError},
+        mem::{Layout, Mem, MemError, MemHandle},
+        net::{Net, NetConfig, NetError},
         rng::Rng,
         vsock::{VsockDevice, VsockError},
     },
@@ -29,6 +32,10 @@ use crate::{
 const CONSOLE_BYTES_MAX: u64 = 256 << 20;
 /// What the guest should read and write at once: a page, which is what it has.
 const BLOCK_BYTES: u32 = 4096;
+/// What the memory device plugs at once: what the guest's kernel brings online at once on x86-64 may be larger, and then waits.
+const MEMORY_BLOCK: u64 = 2 << 20;
+/// What becomes memory of the machine at once.
+const MEMORY_CHUNK: u64 = 128 << 20;
 /// Ports of a serial port.
 const SERIAL_PORTS: u64 = 8;
 
@@ -49,8 +56,10 @@ pub(crate) enum BuildError {
     Attach(#[from] VirtioPciError),
     #[error("cannot make a disk")]
     Disk(#[from] DiskError),
-    #[error("this VMM has no {0}")]
-    Missing(&'static str),
+    #[error("cannot make a NIC")]
+    Nic(#[from] NetError),
+    #[error("cannot make the memory device")]
+    Memory(#[from] MemError),
     #[error("cannot put a device on the PCI bus")]
     Root(#[from] RootError),
 }
@@ -61,6 +70,7 @@ pub(crate) struct Built {
     kernel: Kernel,
     places: Places,
     disks: Vec<(String, BlockHandle)>,
+    memory: Option<MemHandle>,
 }
 
 /// A machine that runs.
@@ -68,6 +78,7 @@ pub(crate) struct Booted {
     pub(crate) machine: Machine,
     pub(crate) places: Places,
     pub(crate) disks: Vec<(String, BlockHandle)>,
+    pub(crate) memory: Option<MemHandle>,
 }
 
 impl Built {
@@ -76,6 +87,7 @@ impl Built {
             machine: self.vm.boot(&self.kernel)?,
             places: self.places,
             disks: self.disks,
+            memory: self.memory,
         })
     }
 }
@@ -86,14 +98,23 @@ enum Device {
     Vsock(spec::Vsock),
     Disk(spec::Disk),
     Nic(spec::Nic),
+    Balloon,
+    /// As much as may be plugged.
+    Memory {
+        bytes: u64,
+    },
 }
 
 /// Every device of a VM, in the order in which the guest finds them.
 fn devices(spec: &VmSpec) -> impl Iterator<Item = Device> + '_ {
-    let always = [Device::Vsock(spec.vsock), Device::Entropy];
+    let always = [Device::Vsock(spec.vsock), Device::Entropy, Device::Balloon];
+    let more_mib = spec.memory.max_mib - spec.memory.boot_mib;
+    let memory = (more_mib > 0).then_some(Device::Memory {
+        bytes: (more_mib << 20).next_multiple_of(MEMORY_CHUNK),
+    });
     let disks = spec.disks.iter().cloned().map(Device::Disk);
     let nics = spec.nics.iter().cloned().map(Device::Nic);
-    always.into_iter().chain(disks).chain(nics)
+    always.into_iter().chain(memory).chain(disks).chain(nics)
 }
 
 /// Builds the machine and every device.
@@ -107,7 +128,7 @@ pub(crate) fn build(
     let vm = Vm::new(host, config(spec, filters))?;
     let console = File::from(inherited.give(spec.console)?);
     let places = Places::new(&vm, console, maker)?;
-    let mut disks = Vec::new();
+    let (mut disks, mut memory) = (Vec::new(), None);
     for device in devices(spec) {
         let device: Box<dyn VirtioDevice> = match device {
             Device::Entropy => Box::new(Rng::new(places.host.clone())),
@@ -122,9 +143,24 @@ pub(crate) fn build(
                 device
             }
             Device::Nic(nic) => {
-                let queues = inherited.give_all(&nic.queues)?;
-                let vhost = inherited.give_all(&nic.vhost)?;
-                places.nic(&nic, queues, vhost)?
+                let taps = inherited.give_all(&nic.queues)?.into_iter().map(File::from);
+                let config = NetConfig {
+                    taps: taps.collect(),
+                    mac: nic.mac,
+                    mtu: nic.mtu,
+                    offloads: true,
+                };
+                Box::new(Net::new(config, places.host.clone())?)
+            }
+            Device::Balloon => {
+                // Nobody inflates it: it is there for the pages that the guest reports as free.
+                let (balloon, _) = Balloon::new(places.host.clone());
+                Box::new(balloon)
+            }
+            Device::Memory { bytes } => {
+                let (device, handle) = places.memory(&vm, bytes)?;
+                memory = Some(handle);
+                device
             }
         };
         places.add(device)?;
@@ -140,6 +176,7 @@ pub(crate) fn build(
         kernel,
         places,
         disks,
+        memory,
     })
 }
 
@@ -221,13 +258,16 @@ impl Places {
         Ok((Box::new(device), handle))
     }
 
-    fn nic(
-        &self,
-        _n: &spec::Nic,
-        _q: Vec<OwnedFd>,
-        _v: Vec<OwnedFd>,
-    ) -> Result<Box<dyn VirtioDevice>, BuildError> {
-        Err(BuildError::Missing("NICs"))
+    /// Memory that can be plugged while the VM runs.
+    fn memory(&self, vm: &Vm, bytes: u64) -> Result<(Box<dyn VirtioDevice>, MemHandle), BuildError> {
+        let layout = Layout {
+            address: vm.plug_space(bytes).map_err(caisson_machine::Error::from)?,
+            region: bytes,
+            block: MEMORY_BLOCK,
+            chunk: MEMORY_CHUNK,
+        };
+        let (device, handle) = Mem::new(layout, vm.memory_control(), self.host.clone())?;
+        Ok((Box::new(device), handle))
     }
 
     fn add(&self, device: Box<dyn VirtioDevice>) -> Result<PciAddress, BuildError> {

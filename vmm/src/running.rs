@@ -6,7 +6,10 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use caisson_devices::{pci::PciAddress, virtio::block::BlockHandle};
+use caisson_devices::{
+    pci::PciAddress,
+    virtio::{block::BlockHandle, mem::MemHandle},
+};
 use caisson_machine::{End, Machine};
 use caisson_vmm_api::{
     control::{Refusal, State, Status},
@@ -25,7 +28,9 @@ pub(crate) struct Running {
     machine: Machine,
     places: Places,
     vcpus_max: u32,
+    /// At boot.
     memory_mib: u64,
+    memory: Option<MemHandle>,
     changing: Mutex<Changing>,
 }
 
@@ -62,6 +67,7 @@ impl Running {
             places: booted.places,
             vcpus_max: spec.vcpus.max,
             memory_mib: spec.memory.boot_mib,
+            memory: booted.memory,
         }
     }
 
@@ -79,6 +85,24 @@ impl Running {
             .iter()
             .map(|(reason, count)| (reason.name().to_owned(), count))
             .collect()
+    }
+
+    /// Memory that was there at boot stays; the rest is asked of the memory device, and the guest takes it in its own time.
+    fn resize_memory(&self, mib: u64) -> Result<(), Refused> {
+        let unsupported = |what: &str| {
+            let message = format!("cannot resize memory to {mib} MiB: {what}");
+            Err(Refused::new(Refusal::Unsupported, message))
+        };
+        let Some(more) = mib.checked_sub(self.memory_mib) else {
+            return unsupported("it is less than at boot");
+        };
+        match &self.memory {
+            Some(memory) => memory
+                .request(more.saturating_mul(1 << 20))
+                .map_err(|e| Refused::failed(&e)),
+            None if more == 0 => Ok(()),
+            None => unsupported("the VM has no memory device"),
+        }
     }
 
     fn changing(&self) -> MutexGuard<'_, Changing> {
@@ -107,7 +131,7 @@ impl Operations for Running {
             },
             vcpus: self.machine.cpus().into(),
             vcpus_max: self.vcpus_max,
-            memory_mib: self.memory_mib,
+            memory_mib: self.memory_mib + self.memory.as_ref().map_or(0, |memory| memory.plugged() >> 20),
             disks: changing
                 .disks
                 .iter()
@@ -175,10 +199,7 @@ impl Operations for Running {
                     .map_err(|_| Refused::new(Refusal::Invalid, format!("{count} vCPUs are too many")))?;
                 self.machine.grow_cpus(count).map_err(|e| Refused::failed(&e))
             }
-            Resize::MemoryMib(mib) => Err(Refused::new(
-                Refusal::Unsupported,
-                format!("cannot resize memory to {mib} MiB: the VM has no memory device"),
-            )),
+            Resize::MemoryMib(mib) => self.resize_memory(mib),
         }
     }
 

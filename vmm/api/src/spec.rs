@@ -18,9 +18,8 @@ pub const VCPUS_MAX: u32 = 254;
 pub const MEMORY_MIN_MIB: u64 = 32;
 /// Most memory of a VM, MiB: 4 TiB.
 pub const MEMORY_MAX_MIB: u64 = 4 << 20;
-/// Most disks and NICs together, those to be attached later included: one PCI bus of 32 devices less host bridge, vsock, entropy, balloon
-/// and memory device.
-pub const DEVICES_MAX: usize = 27;
+/// Most disks and NICs together, those to be attached later included: what one PCI bus holds less vsock, entropy, balloon and memory device.
+pub const DEVICES_MAX: usize = 128;
 /// Most files that one disk is made of.
 pub const FILES_PER_DISK_MAX: usize = 64;
 /// Most queue pairs of a NIC.
@@ -127,12 +126,10 @@ pub struct Disk {
 pub struct Nic {
     /// Open taps (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR), one for each queue pair.
     pub queues: Vec<Descriptor>,
-    /// `/dev/vhost-net`, as often as there are taps; or none.
-    pub vhost: Vec<Descriptor>,
     /// Hardware address.
     pub mac: [u8; 6],
     /// Bytes.
-    pub mtu: u32,
+    pub mtu: u16,
 }
 
 /// What the process takes from itself.
@@ -219,11 +216,7 @@ impl VmSpec {
             self.started,
         ];
         all.extend(self.disks.iter().flat_map(|disk| &disk.files));
-        all.extend(
-            self.nics
-                .iter()
-                .flat_map(|nic| nic.queues.iter().chain(&nic.vhost)),
-        );
+        all.extend(self.nics.iter().flat_map(|nic| &nic.queues));
         all
     }
 
@@ -303,14 +296,7 @@ impl VmSpec {
                     "NIC {index} does not have 1 to {QUEUES_PER_NIC_MAX} taps"
                 ));
             }
-            if !nic.vhost.is_empty() && nic.vhost.len() != nic.queues.len() {
-                problems.push(format!(
-                    "NIC {index} has {} taps and {} vhost descriptors",
-                    nic.queues.len(),
-                    nic.vhost.len()
-                ));
-            }
-            if !(68..=65_535).contains(&nic.mtu) {
+            if !(68..=65_521).contains(&nic.mtu) {
                 problems.push(format!("NIC {index} has an MTU of {}", nic.mtu));
             }
         }
@@ -362,7 +348,6 @@ mod tests {
             }],
             nics: vec![Nic {
                 queues: vec![Descriptor(9)],
-                vhost: vec![Descriptor(10)],
                 mac: [2, 0, 0, 0, 0, 1],
                 mtu: 1500,
             }],
@@ -381,7 +366,7 @@ mod tests {
     fn a_specification_survives_the_way_to_the_process() {
         let spec = spec();
         assert_eq!(VmSpec::decode(&spec.encode().unwrap()).unwrap(), spec);
-        assert_eq!(spec.descriptors().len(), 11);
+        assert_eq!(spec.descriptors().len(), 10);
     }
 
     #[test]
@@ -403,9 +388,9 @@ mod tests {
         spec.memory.max_mib = 64;
         spec.vsock.cid = 2;
         spec.disks.push(spec.disks[0].clone());
-        spec.nics[0].vhost.push(Descriptor(1));
+        spec.nics[0].queues.push(Descriptor(1));
         spec.nics[0].mtu = 9;
-        spec.attach_slots = 99;
+        spec.attach_slots = 199;
         let problems = spec.problems().join("\n");
         for word in [
             "id \"a/b\"",
@@ -414,9 +399,8 @@ mod tests {
             "128 MiB",
             "context id 2",
             "serial \"scratch\"",
-            "vhost",
             "MTU of 9",
-            "99 slots",
+            "199 slots",
             "descriptor 1 is not",
             "descriptor 8 is named twice",
         ] {

@@ -207,8 +207,6 @@ const NEW_THREAD: Argument = Argument {
 const KVM: Argument = request_type(0xAE);
 /// KVM_SIGNAL_MSI of linux/kvm.h: how a device interrupts the guest.
 const INTERRUPT: Argument = equals(1, 0x4020_aea5);
-/// All of linux/vhost.h: requests of type 0xAF.
-const VHOST: Argument = request_type(0xAF);
 
 const fn request_type(kind: u64) -> Argument {
     Argument {
@@ -270,17 +268,13 @@ impl List {
                 list.calls(BLOCK);
                 list.calls(SOCKETS);
                 list.threads();
-                list.with(libc::SYS_ioctl, &[KVM, VHOST, NOT_BLOCKING]);
+                list.with(libc::SYS_ioctl, &[KVM, NOT_BLOCKING]);
                 list.with(libc::SYS_ioctl, &TAP);
                 list.with(libc::SYS_ioctl, &BLOCK_DEVICE);
             }
             ThreadKind::Vcpu => {
                 list.threads();
                 list.with(libc::SYS_ioctl, &[KVM]);
-                // A driver starts its device on this thread: what the device's own thread waits for is made here.
-                list.calls(&[libc::SYS_dup, libc::SYS_epoll_create1, libc::SYS_timerfd_create]);
-                list.with(libc::SYS_ioctl, &TAP);
-                list.with(libc::SYS_ioctl, &[VHOST]);
             }
             ThreadKind::Block => {
                 list.calls(BLOCK);
@@ -289,7 +283,6 @@ impl List {
             }
             ThreadKind::Net => {
                 list.with(libc::SYS_ioctl, &TAP);
-                list.with(libc::SYS_ioctl, &[VHOST]);
             }
             ThreadKind::Vsock => {
                 list.calls(SOCKETS);

@@ -254,6 +254,11 @@ fn specification(
         max_mib: spec.memory_mib,
         huge_pages: false,
     };
+    let nics = spec
+        .nics
+        .into_iter()
+        .map(|nic| pass_nic(nic, passed))
+        .collect::<Result<_, _>>()?;
     Ok(spec::VmSpec {
         kvm: passed.pass(open(
             &driver.kvm,
@@ -279,7 +284,7 @@ fn specification(
             ),
         },
         disks,
-        nics: spec.nics.into_iter().map(|nic| pass_nic(nic, passed)).collect(),
+        nics,
         attach_slots: spec.attach_slots,
         control: passed.pass(
             listen_on(&paths.control)
@@ -298,21 +303,14 @@ fn specification(
     })
 }
 
-fn pass_nic(nic: Nic, passed: &mut Passed) -> spec::Nic {
-    let open = || OpenOptions::new().read(true).write(true).open("/dev/vhost-net");
-    // Without it packets take the way through the VMM.
-    let vhost: Vec<File> = nic
-        .queues
-        .iter()
-        .map(|_| open())
-        .collect::<Result<_, _>>()
-        .unwrap_or_default();
-    spec::Nic {
+fn pass_nic(nic: Nic, passed: &mut Passed) -> Result<spec::Nic, HypervisorError> {
+    let mtu = u16::try_from(nic.mtu)
+        .map_err(|_| HypervisorError::Spec(format!("no virtio NIC has an MTU of {}", nic.mtu)))?;
+    Ok(spec::Nic {
         queues: nic.queues.into_iter().map(|queue| passed.pass(queue)).collect(),
-        vhost: vhost.into_iter().map(|file| passed.pass(file)).collect(),
         mac: nic.mac,
-        mtu: nic.mtu,
-    }
+        mtu,
+    })
 }
 
 fn open(path: &Path, what: &str, options: &OpenOptions) -> Result<File, HypervisorError> {
