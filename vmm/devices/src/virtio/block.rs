@@ -3,12 +3,14 @@
 //! - `request`: what a driver asks, checked;
 //! - `disk`: the files;
 //! - `job`: a request on its way, which keeps the guest's memory;
+//! - `ring`: many requests at once, by io_uring where the host has it;
 //! - `server`: the queue, and what happens when the host's disk is full;
 //! - this module: the device and its configuration space.
 
 mod disk;
 mod job;
 mod request;
+mod ring;
 mod server;
 
 use std::{
@@ -35,6 +37,7 @@ use super::{
 };
 use crate::ports::ThreadKind;
 use disk::Disk;
+use ring::Ring;
 use server::Server;
 
 const QUEUE_SIZES: [u16; 1] = [256];
@@ -77,6 +80,7 @@ impl Shared {
 pub struct Block {
     host: Host,
     shared: Arc<Shared>,
+    asynchronous: bool,
     worker: Option<Worker<Server>>,
 }
 
@@ -115,9 +119,17 @@ impl Block {
         let device = Self {
             host,
             shared,
+            asynchronous: true,
             worker: None,
         };
         Ok((device, handle))
+    }
+
+    /// Never uses io_uring: one request is done after the other, as where the host does not have it.
+    #[must_use]
+    pub fn one_by_one(mut self) -> Self {
+        self.asynchronous = false;
+        self
     }
 
     fn space(&self) -> [u8; 60] {
@@ -182,13 +194,17 @@ impl VirtioDevice for Block {
             device: "block",
             source,
         };
+        // With writes that are flushes at once, nothing is gained by many at a time.
         let write_through = !self.shared.read_only && !activation.has(VIRTIO_BLK_F_FLUSH);
+        let asynchronous = self.asynchronous && !write_through;
         let (shared, host) = (Arc::clone(&self.shared), self.host.clone());
         let Activation {
             memory, interrupt, ..
         } = activation;
         let worker = Worker::start(ThreadKind::Block, &self.host, move || {
-            Server::new(shared, queue, memory, interrupt, host, write_through)
+            let ring = asynchronous.then(|| Ring::new(&shared.disk));
+            let ring = ring.and_then(Result::ok);
+            Server::new(shared, queue, ring, memory, interrupt, host, write_through)
         });
         self.worker = Some(worker.map_err(failed)?);
         Ok(())

@@ -85,6 +85,19 @@ fn works(driver: &mut Driver<'_>) {
 
 conforms!(make, 0, works);
 
+mod one_by_one {
+    use super::{block, file, pattern, works};
+    use crate::machine::Machine;
+    use caisson_devices::virtio::VirtioDevice;
+
+    fn make(machine: &Machine) -> Box<dyn VirtioDevice> {
+        let (device, _) = block(machine, vec![file(&pattern(1 << 20))], false);
+        Box::new(device.one_by_one())
+    }
+
+    conforms!(make, 0, works);
+}
+
 #[test]
 fn a_disk_says_what_it_is() {
     let machine = Machine::new();
@@ -317,6 +330,15 @@ fn small_file_system(at: &Path) -> bool {
 
 #[test]
 fn writes_wait_while_the_host_has_no_space_and_reads_do_not() {
+    full_disk(true);
+}
+
+#[test]
+fn without_io_uring_writes_wait_as_well() {
+    full_disk(false);
+}
+
+fn full_disk(asynchronous: bool) {
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path().to_owned();
     let (files, opened) = mpsc::channel();
@@ -340,6 +362,7 @@ fn writes_wait_while_the_host_has_no_space_and_reads_do_not() {
     };
     let machine = Machine::new();
     let (device, _) = block(&machine, vec![disk], false);
+    let device = if asynchronous { device } else { device.one_by_one() };
     let mut driver = machine.plug(Box::new(device));
     driver.start(0, 256);
     assert_eq!(ask(&mut driver, WRITE, 0, &[3; 4096], 0).0, OK);
@@ -407,10 +430,63 @@ fn writes_wait_while_the_host_has_no_space_and_reads_do_not() {
     assert_eq!(ask(&mut driver, READ, 0, &[], 512).0, OK);
 }
 
+#[test]
+fn many_requests_at_once_are_all_answered() {
+    let machine = Machine::new();
+    let content = pattern(1 << 20);
+    let (device, _) = block(&machine, vec![file(&content)], false);
+    let mut driver = machine.plug(Box::new(device));
+    driver.start(0, 256);
+    for round in 0..20u64 {
+        for index in 0..80u16 {
+            let at = DATA + 0x4000 * u64::from(index);
+            let sector = (u64::from(index) * 16 + round * 7) % 2000;
+            driver.fill(at, &header(READ, sector));
+            driver.offer(
+                0,
+                index * 3,
+                &[
+                    readable(at, 16),
+                    writable(at + 0x1000, 4096),
+                    writable(at + 0x3000, 1),
+                ],
+            );
+        }
+        driver.kick(0);
+        for _ in 0..80 {
+            let (head, length) = driver.wait_used(0);
+            let index = u64::from(head / 3);
+            let from = ((index * 16 + round * 7) % 2000 * SECTOR) as usize;
+            assert_eq!(length, 4097);
+            assert_eq!(
+                driver.bytes(DATA + 0x4000 * index + 0x1000, 4096),
+                content[from..from + 4096]
+            );
+        }
+    }
+    // And the driver may leave in the middle of it.
+    for index in 0..80u16 {
+        let at = DATA + 0x4000 * u64::from(index);
+        driver.offer(
+            0,
+            index * 3,
+            &[
+                readable(at, 16),
+                writable(at + 0x1000, 4096),
+                writable(at + 0x3000, 1),
+            ],
+        );
+    }
+    driver.kick(0);
+    driver.start(0, 256);
+    works(&mut driver);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
     fn a_disk_of_any_files_behaves_like_its_bytes(
+        asynchronous in any::<bool>(),
         sizes in prop::collection::vec(0usize..9, 1..6),
         steps in prop::collection::vec((any::<bool>(), 0u64..40, 1usize..12, any::<u8>()), 1..20),
     ) {
@@ -421,7 +497,8 @@ proptest! {
             model.extend(&bytes);
             file(&bytes)
         }).collect();
-        let mut driver = machine.plug(Box::new(block(&machine, files, false).0));
+        let (device, _) = block(&machine, files, false);
+        let mut driver = machine.plug(Box::new(if asynchronous { device } else { device.one_by_one() }));
         driver.start(0, 256);
         for (write, sector, sectors, fill) in steps {
             let (from, bytes) = ((sector * SECTOR) as usize, sectors * 512);

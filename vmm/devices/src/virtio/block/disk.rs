@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -52,6 +52,8 @@ struct Part {
 /// A file's part of a transfer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Span<'d> {
+    /// Which file.
+    pub(super) index: usize,
     pub(super) file: BorrowedFd<'d>,
     pub(super) offset: u64,
     pub(super) bytes: u64,
@@ -120,14 +122,21 @@ impl Disk {
     pub(super) fn spans(&self, offset: u64, bytes: u64) -> impl Iterator<Item = Span<'_>> {
         let end = offset.saturating_add(bytes);
         let ends = self.parts.iter().skip(1).map(|next| next.start).chain([u64::MAX]);
-        self.parts.iter().zip(ends).filter_map(move |(part, part_end)| {
+        let parts = self.parts.iter().zip(ends).enumerate();
+        parts.filter_map(move |(index, (part, part_end))| {
             let (from, to) = (offset.max(part.start), end.min(part_end));
             (from < to).then(|| Span {
+                index,
                 file: part.file.as_fd(),
                 offset: from - part.start,
                 bytes: to - from,
             })
         })
+    }
+
+    /// All files, in order.
+    pub(super) fn descriptors(&self) -> Vec<RawFd> {
+        self.parts.iter().map(|part| part.file.as_raw_fd()).collect()
     }
 
     /// Moves all bytes. A file that ends early is an error.

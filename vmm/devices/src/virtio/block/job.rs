@@ -32,6 +32,20 @@ pub(super) enum Work {
     Nothing(Status),
 }
 
+impl Work {
+    /// So many bytes have been moved; whether some are left.
+    pub(super) fn advance(&mut self, moved: usize) -> bool {
+        match self {
+            Self::Read { offset, data } | Self::Write { offset, data } => {
+                data.advance(moved);
+                *offset += moved as u64;
+                data.len() > 0
+            }
+            _ => false,
+        }
+    }
+}
+
 /// A request, with the memory that it points to.
 #[derive(Debug)]
 pub(super) struct Job {

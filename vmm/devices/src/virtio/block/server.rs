@@ -1,4 +1,4 @@
-//! Serves a disk's queue: each request is done, or waits because the host has no space for it.
+//! Serves a disk's queue: each request is done, is on its way in the host's kernel, or waits because the host has no space for it.
 //!
 //! virtio-blk has no status for "no space", and a guest's file system would take an error for a broken disk. So a write that finds no
 //! space waits, and those after it, in order; reads go on. All are tried again every [`RETRY`].
@@ -13,6 +13,7 @@ use super::{
     disk::Direction,
     job::{Job, Work},
     request::{Geometry, Request, Status},
+    ring::Ring,
 };
 use crate::{
     complaints::Complaints,
@@ -29,6 +30,7 @@ pub const RETRY: Duration = Duration::from_millis(500);
 
 const KICK: u64 = 0;
 const TIMER: u64 = 1;
+const RING: u64 = 2;
 
 /// The thread of a disk.
 pub(super) struct Server {
@@ -39,6 +41,8 @@ pub(super) struct Server {
     host: Host,
     /// The driver knows no flushes: every write is one.
     write_through: bool,
+    /// Where the host has none, each request is done before the next.
+    ring: Option<Ring>,
     /// For space.
     waiting: VecDeque<Job>,
     retry: TimerFd,
@@ -55,12 +59,14 @@ impl Server {
     pub(super) fn new(
         shared: Arc<Shared>,
         queue: ActiveQueue,
+        ring: Option<Ring>,
         memory: GuestRam,
         interrupt: Interrupt,
         host: Host,
         write_through: bool,
     ) -> io::Result<Self> {
         Ok(Self {
+            ring,
             shared,
             queue,
             memory,
@@ -77,8 +83,8 @@ impl Server {
         let Self {
             shared,
             queue,
+            ring,
             waiting,
-            retry,
             complaints,
             ..
         } = self;
@@ -90,7 +96,7 @@ impl Server {
                 read_only: shared.read_only,
             };
             let request = Request::parse(buffers, &geometry);
-            let Some(mut job) = request.and_then(|request| Job::new(head, request, memory, &shared.serial))
+            let Some(job) = request.and_then(|request| Job::new(head, request, memory, &shared.serial))
             else {
                 return Outcome::Used(0);
             };
@@ -98,6 +104,13 @@ impl Server {
                 waiting.push_back(job);
                 return Outcome::Kept;
             }
+            let begun = match ring.as_mut() {
+                Some(ring) => ring.begin(&shared.disk, job),
+                None => Err(job),
+            };
+            let Err(mut job) = begun else {
+                return Outcome::Kept;
+            };
             match run(shared, &mut job.work, writes_through, complaints) {
                 Done::Finished(status) => Outcome::Used(job.finish(status)),
                 Done::NoSpace => {
@@ -106,13 +119,67 @@ impl Server {
                 }
             }
         });
-        if already == 0 && !waiting.is_empty() {
-            if let Err(e) = retry.reset(RETRY, Some(RETRY)) {
-                complaints.say(format_args!("cannot wait for space: {e}"));
+        if let Some(Err(e)) = ring.as_mut().map(Ring::submit) {
+            complaints.say(format_args!("requests are late: {e}"));
+        }
+        self.begin_to_wait(already);
+        // What the host had at hand is done already.
+        self.take_completed(memory);
+    }
+
+    /// Tells of requests that wait for space, if none did before.
+    fn begin_to_wait(&mut self, already: usize) {
+        if already > 0 || self.waiting.is_empty() {
+            return;
+        }
+        if let Err(e) = self.retry.reset(RETRY, Some(RETRY)) {
+            self.complaints.say(format_args!("cannot wait for space: {e}"));
+        }
+        self.host.events.happened(DeviceEvent::DiskFull {
+            disk: self.shared.serial(),
+        });
+    }
+
+    /// Gives back what the kernel is done with.
+    fn take_completed(&mut self, memory: &GuestMemoryMmap) {
+        let already = self.waiting.len();
+        let mut done = false;
+        while let Some((mut job, outcome)) = self.ring.as_mut().and_then(Ring::completed) {
+            match self.settle(&mut job, outcome) {
+                Done::Finished(status) => {
+                    self.queue.give_back(memory, job.head, job.finish(status));
+                    done = true;
+                }
+                Done::NoSpace => self.waiting.push_back(job),
             }
-            self.host.events.happened(DeviceEvent::DiskFull {
-                disk: self.shared.serial(),
-            });
+        }
+        if done {
+            self.queue.notify(memory, &self.interrupt);
+        }
+        self.begin_to_wait(already);
+    }
+
+    /// What became of a job that the kernel has completed; what it left undone is done here.
+    fn settle(&mut self, job: &mut Job, outcome: io::Result<usize>) -> Done {
+        let undone = match outcome {
+            Ok(moved) => job.work.advance(moved),
+            Err(e) if is_no_space(&e) && needs_space(&job.work) => return Done::NoSpace,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => true,
+            Err(e) => {
+                self.complaints
+                    .say(format_args!("disk {}: {e}", self.shared.serial()));
+                return Done::Finished(Status::Error);
+            }
+        };
+        if undone {
+            run(
+                &self.shared,
+                &mut job.work,
+                self.write_through,
+                &mut self.complaints,
+            )
+        } else {
+            Done::Finished(Status::Ok)
         }
     }
 
@@ -155,19 +222,34 @@ impl Server {
 
 impl Serve for Server {
     fn sources(&self) -> Vec<Source> {
-        vec![
+        let mut sources = vec![
             Source::edge(&self.queue.kick, KICK),
             Source::level(&self.retry, TIMER),
-        ]
+        ];
+        sources.extend(self.ring.as_ref().map(|ring| Source::level(ring, RING)));
+        sources
     }
 
     fn serve(&mut self, token: u64) -> io::Result<()> {
         let memory = self.memory.memory().into_inner();
         match token {
             TIMER => self.try_again(&memory),
+            RING => self.take_completed(&memory),
             _ => self.serve_queue(&memory),
         }
         Ok(())
+    }
+
+    fn quiesce(&mut self) {
+        // The guest's memory is its own again, and nothing is lost.
+        let memory = self.memory.memory().into_inner();
+        while self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) {
+            if let Some(Err(e)) = self.ring.as_mut().map(Ring::wait) {
+                self.complaints.say(format_args!("requests do not end: {e}"));
+                return;
+            }
+            self.take_completed(&memory);
+        }
     }
 }
 
