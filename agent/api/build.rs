@@ -12,6 +12,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             ".",
             "#[cfg_attr(feature = \"serde\", derive(serde::Serialize, serde::Deserialize))]",
         )
+        // A record of an older daemon lacks what has been added since.
+        .message_attribute(".", "#[cfg_attr(feature = \"serde\", serde(default))]")
         .compile_fds(descriptors)?;
     Ok(())
 }

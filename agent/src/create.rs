@@ -22,7 +22,7 @@ use crate::{
     error::{AgentError, At, chain},
     guest::{Container, Guest, Sandbox},
     names, remove, rootfs,
-    stage::{capability_set, rlimit},
+    stage::{capability_set, decode_seccomp, rlimit},
     stage_spec::{RootSpec, StageMount},
     volumes,
 };
@@ -57,27 +57,55 @@ pub(crate) fn create(guest: &Guest, request: v1::CreateContainerRequest) -> Resu
         }
     }
     guest.reserve(&id)?;
-    let image = match guest.images.acquire(&spec.image_serial) {
-        Ok(image) => image,
+    let serials = image_serials(&spec);
+    let images = match acquire(guest, &serials) {
+        Ok(images) => images,
         Err(error) => {
             guest.give_back(&id);
             return Err(error);
         }
     };
-    match build(&id, spec, &image, &sandbox_hostname) {
+    match build(&id, spec, &images, &sandbox_hostname) {
         Ok(container) => {
             guest.fill(container);
             Ok(())
         }
-        Err((error, serial)) => {
+        Err(error) => {
             if let Err(left) = remove::dismantle(&id) {
                 complain(&format!("undoing the creation of {id}: {}", chain(&left)));
             }
-            guest.images.release(&serial);
+            serials.iter().for_each(|serial| guest.images.release(serial));
             guest.give_back(&id);
             Err(error)
         }
     }
+}
+
+/// The images that a container holds: its own first, then those that it has mounted, each as often as it is used.
+pub(crate) fn image_serials(spec: &v1::ContainerSpec) -> Vec<String> {
+    let mounted = spec.mounts.iter().filter_map(|mount| match &mount.source {
+        Some(Source::Image(image)) => Some(&image.serial),
+        _ => None,
+    });
+    [&spec.image_serial].into_iter().chain(mounted).cloned().collect()
+}
+
+/// Where each image is mounted; all or none.
+fn acquire(guest: &Guest, serials: &[String]) -> Result<HashMap<String, PathBuf>, AgentError> {
+    let mut places = HashMap::new();
+    for (at, serial) in serials.iter().enumerate() {
+        match guest.images.acquire(serial) {
+            Ok(place) => places.insert(serial.clone(), place),
+            Err(error) => {
+                serials
+                    .iter()
+                    .take(at)
+                    .for_each(|held| guest.images.release(held));
+                return Err(error);
+            }
+        };
+    }
+    Ok(places)
 }
 
 fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
@@ -102,6 +130,10 @@ fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
         match &mount.source {
             Some(Source::VolumeId(id)) => names::id("spec.mounts.volume_id", id)?,
             Some(Source::Tmpfs(_)) => {}
+            Some(Source::Image(image)) => {
+                names::serial("spec.mounts.image.serial", &image.serial)?;
+                names::absolute("spec.mounts.image.sub_path", &format!("/{}", image.sub_path))?;
+            }
             None => return Err(AgentError::invalid("spec.mounts.source", "is absent")),
         }
     }
@@ -153,6 +185,9 @@ pub(crate) fn check_process(process: &v1::Process) -> Result<(), AgentError> {
             })?;
         }
     }
+    if let Some(filter) = &process.seccomp {
+        decode_seccomp(filter).map_err(|reason| AgentError::invalid("process.seccomp", reason))?;
+    }
     for limit in &process.rlimits {
         if rlimit(&limit.r#type).is_none() {
             return Err(AgentError::invalid(
@@ -197,27 +232,26 @@ fn check_sandbox(guest: &Guest, spec: &v1::ContainerSpec) -> Result<String, Agen
 fn build(
     id: &str,
     spec: v1::ContainerSpec,
-    image: &Path,
-    sandbox_hostname: &str,
-) -> Result<Container, (AgentError, String)> {
-    let serial = spec.image_serial.clone();
-    build_inner(id, spec, image, sandbox_hostname).map_err(|error| (error, serial))
-}
-
-fn build_inner(
-    id: &str,
-    spec: v1::ContainerSpec,
-    image: &Path,
+    images: &HashMap<String, PathBuf>,
     sandbox_hostname: &str,
 ) -> Result<Container, AgentError> {
-    let place = mount_overlay(id, image)?;
+    let image_at = |serial: &str| {
+        let place = images.get(serial).ok_or(rustix::io::Errno::NODEV);
+        place.at(|| format!("looking for image {serial}"))
+    };
+    let place = mount_overlay(id, image_at(&spec.image_serial)?)?;
     let mut mounts = image_volumes(id, &place, &spec.image_volumes)?;
     mounts.extend(pod_files(&spec));
     let termination = termination_file(id, &spec.termination_log_path)?;
     if let Some(file) = &termination {
         mounts.push(bind(&spec.termination_log_path, file, false));
     }
-    mounts.extend(spec.mounts.iter().map(stage_mount));
+    for mount in &spec.mounts {
+        mounts.push(match &mount.source {
+            Some(Source::Image(image)) => image_mount(mount, image_at(&image.serial)?, &image.sub_path)?,
+            _ => stage_mount(mount),
+        });
+    }
     // What is mounted inside another mount comes after it.
     mounts.sort_by_key(|mount| {
         mount
@@ -342,8 +376,26 @@ fn bind(destination: &str, source: &Path, readonly: bool) -> StageMount {
         destination: destination.to_owned(),
         source: source.to_string_lossy().into_owned(),
         readonly,
-        options: String::new(),
+        ..StageMount::default()
     }
+}
+
+/// A mount of an image, or of a part of it. No link of the image's leads out of it.
+fn image_mount(mount: &v1::Mount, image: &Path, sub_path: &str) -> Result<StageMount, AgentError> {
+    let step = || {
+        format!(
+            "looking for {sub_path:?} in the image that {} is",
+            mount.destination
+        )
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(image, flags, Mode::empty()).at(step)?;
+    let part = rootfs::open(&root, sub_path, OFlags::PATH).at(step)?;
+    let source = fs::read_link(rootfs::name_of(&part)).at(step)?;
+    Ok(StageMount {
+        inert: true,
+        ..bind(&mount.destination, &source, true)
+    })
 }
 
 fn stage_mount(mount: &v1::Mount) -> StageMount {
@@ -364,10 +416,11 @@ fn stage_mount(mount: &v1::Mount) -> StageMount {
                 source: String::new(),
                 readonly: mount.readonly,
                 options,
+                ..StageMount::default()
             }
         }
-        // Refused by `check`.
-        None => StageMount::default(),
+        // Refused by `check`, or made elsewhere.
+        Some(Source::Image(_)) | None => StageMount::default(),
     }
 }
 
@@ -381,6 +434,9 @@ pub(crate) fn merge(own: &v1::Process, mut wanted: v1::Process) -> v1::Process {
     }
     if wanted.capabilities.is_none() {
         wanted.capabilities.clone_from(&own.capabilities);
+    }
+    if wanted.seccomp.is_none() {
+        wanted.seccomp.clone_from(&own.seccomp);
     }
     if wanted.rlimits.is_empty() {
         wanted.rlimits.clone_from(&own.rlimits);

@@ -13,7 +13,7 @@ use std::{
 use rustix::{
     fs::{Mode, OFlags},
     mount::{MountFlags, mount, mount_move},
-    process::{Pid, WaitOptions},
+    process::{DumpableBehavior, Pid, WaitOptions, set_dumpable_behavior},
     system::{RebootCommand, reboot},
 };
 
@@ -43,6 +43,10 @@ const NEW_ROOT: &str = "/caisson-root";
 /// Runs as PID 1; returns only when the VM cannot be switched off.
 pub(crate) fn main() -> ExitCode {
     let started = clock::boot_nanos();
+    // A container in the guest's own PID namespace sees this process, and must not look into it.
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        complain(&format!("hiding init: {error}"));
+    }
     let agent = match prepare().and_then(|()| start_agent(started)) {
         Ok(agent) => agent,
         Err(error) => {

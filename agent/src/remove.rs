@@ -9,7 +9,7 @@ use rustix::{
 
 use crate::{
     cgroup::Cgroup,
-    create::{directory, scratch},
+    create::{directory, image_serials, scratch},
     delete_tree,
     error::{AgentError, At},
     guest::Guest,
@@ -38,7 +38,9 @@ pub(crate) async fn remove(guest: Arc<Guest>, id: &str) -> Result<(), AgentError
         let container = Arc::clone(&container);
         move || {
             dismantle(&container.id)?;
-            guest.images.release(&container.spec.image_serial);
+            image_serials(&container.spec)
+                .iter()
+                .for_each(|serial| guest.images.release(serial));
             Ok(())
         }
     })

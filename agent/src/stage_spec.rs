@@ -79,6 +79,9 @@ pub(crate) struct StageMount {
     /// Options of a tmpfs.
     #[prost(string, tag = "4")]
     pub(crate) options: String,
+    /// Content of somebody else's: no set-user-id, devices or programs, and read-only.
+    #[prost(bool, tag = "21")]
+    pub(crate) inert: bool,
 }
 
 /// Who a process is, as numbers.

@@ -93,7 +93,8 @@ fn launch(container: &Container, namespace: Option<&OwnedFd>, pipes: &Pipes) -> 
 fn pid_namespace(guest: &Guest, container: &Container) -> Result<Option<OwnedFd>, AgentError> {
     let copy = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned().at(|| "copying a pidfd").map(Some);
     match container.spec.pid_namespace() {
-        v1::PidNamespace::PidContainer => Ok(None),
+        // A new one, or the agent's: the root specification says which.
+        v1::PidNamespace::PidContainer | v1::PidNamespace::PidNode => Ok(None),
         v1::PidNamespace::PidTarget => {
             let target = guest
                 .container(&container.spec.target_container_id)?

@@ -44,7 +44,9 @@ pub fn sandbox_status(view: SandboxView) -> v1::PodSandboxStatus {
         ip: ips.next().unwrap_or_default(),
         additional_ips: ips.map(|ip| v1::PodIp { ip }).collect(),
     };
-    let pid = if view.spec.share_pid_namespace {
+    let pid = if view.spec.guest_pid_namespace {
+        v1::NamespaceMode::Node
+    } else if view.spec.share_pid_namespace {
         v1::NamespaceMode::Pod
     } else {
         v1::NamespaceMode::Container
@@ -225,6 +227,15 @@ fn mounts(spec: &ContainerSpec) -> Vec<v1::Mount> {
             container_path: mount.container_path.clone(),
             host_path: mount.host_path.clone(),
             readonly: mount.readonly,
+            image: mount.image.as_ref().map(|image| v1::ImageSpec {
+                image: image.image.clone(),
+                user_specified_image: image.user_specified.clone(),
+                ..Default::default()
+            }),
+            image_sub_path: mount
+                .image
+                .as_ref()
+                .map_or_else(String::new, |image| image.sub_path.clone()),
             ..Default::default()
         })
         .collect()
@@ -343,7 +354,8 @@ mod tests {
         ContainerView {
             id: ContainerId("123456".into()),
             sandbox_id: pod.id.clone(),
-            spec: translate::container_spec(config, &pod.spec, &stored()).unwrap(),
+            spec: translate::container_spec(config, &pod.spec, &stored(), &translate::MountImages::new())
+                .unwrap(),
             state: ContainerState::Exited {
                 started_at: Some(UNIX_EPOCH + Duration::from_nanos(8)),
                 finished_at: UNIX_EPOCH + Duration::from_nanos(9),

@@ -90,6 +90,18 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
             source: Some(guest::mount::Source::VolumeId(volume_id)),
         });
     }
+    for volume in &spec.image_volumes {
+        let serial = image_serial(&volume.image_id);
+        attach(live, &serial, &volume.disk).await?;
+        wanted.mounts.push(guest::Mount {
+            destination: volume.container_path.clone(),
+            readonly: true,
+            source: Some(guest::mount::Source::Image(guest::ImageSource {
+                serial,
+                sub_path: volume.sub_path.clone(),
+            })),
+        });
+    }
     // Parents before children, whatever the order of the request.
     wanted
         .mounts

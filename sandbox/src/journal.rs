@@ -435,6 +435,7 @@ mod tests {
                 termination_file: None,
                 log_path: None,
                 stop_signal: 15,
+                image_volumes: vec![],
                 mounts: vec![],
             },
             created_at: SystemTime::now(),

@@ -34,6 +34,9 @@ pub struct PodSpec {
     pub sysctls: BTreeMap<String, String>,
     /// All containers share one PID namespace (CRI NamespaceMode POD for pid).
     pub share_pid_namespace: bool,
+    /// Containers run in the guest's own PID namespace (CRI NamespaceMode NODE for pid): a VM's host is its guest.
+    #[serde(default)]
+    pub guest_pid_namespace: bool,
     /// cgroup that kubelet made for the pod; `None` or a host without cgroup v2: limits are not enforced on the VM.
     pub cgroup_parent: Option<String>,
     /// Sum of the containers' limits as known when the pod starts.
@@ -54,6 +57,7 @@ impl PodSpec {
             network: PodNetworkSpec::default(),
             sysctls: BTreeMap::new(),
             share_pid_namespace: false,
+            guest_pid_namespace: false,
             cgroup_parent: None,
             limits: PodLimits::default(),
         }
@@ -106,6 +110,9 @@ pub struct ContainerSpec {
     pub log_path: Option<PathBuf>,
     /// What StopContainer sends first; a number of signal(7).
     pub stop_signal: u32,
+    /// Images that are mounted besides.
+    #[serde(default)]
+    pub image_volumes: Vec<ImageVolume>,
     /// Mounts as the caller asked for them, answered in the container's status.
     pub mounts: Vec<MountRecord>,
 }
@@ -130,6 +137,7 @@ impl ContainerSpec {
             termination_file: None,
             log_path: None,
             stop_signal: 15,
+            image_volumes: Vec::new(),
             mounts: Vec::new(),
         }
     }
@@ -197,6 +205,33 @@ pub struct MountRecord {
     pub container_path: String,
     /// Read-only.
     pub readonly: bool,
+    /// What is mounted, when it is no path of the host's.
+    #[serde(default)]
+    pub image: Option<MountedImage>,
+}
+
+/// An image in a mount, as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountedImage {
+    /// Name, digest or id.
+    pub image: String,
+    /// As the user named it.
+    pub user_specified: String,
+    /// Below the image's root.
+    pub sub_path: String,
+}
+
+/// An image, or a directory or file of it, mounted read-only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageVolume {
+    /// Config digest, `sha256:...`.
+    pub image_id: String,
+    /// EROFS file, attached read-only.
+    pub disk: PathBuf,
+    /// Absolute, in the container.
+    pub container_path: String,
+    /// Relative to the image's root; empty: all of it.
+    pub sub_path: String,
 }
 
 /// A command to run in a container.

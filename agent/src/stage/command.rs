@@ -110,8 +110,12 @@ fn executable(path: &[u8]) -> Result<(), Errno> {
     accessat(rustix::fs::CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
 }
 
-/// Replaces this process. Returns only with an error.
-pub(super) fn execute(arguments: &[Vec<u8>], environment: &[Vec<u8>]) -> Result<(), StageError> {
+/// Replaces this process; `last` is what happens right before. Returns only with an error.
+pub(super) fn execute(
+    arguments: &[Vec<u8>],
+    environment: &[Vec<u8>],
+    last: impl FnOnce() -> Result<(), StageError>,
+) -> Result<(), StageError> {
     let program = arguments
         .first()
         .ok_or_else(|| StageError::Command("no command given".to_owned()))?;
@@ -129,14 +133,10 @@ pub(super) fn execute(arguments: &[Vec<u8>], environment: &[Vec<u8>]) -> Result<
     forget_signals();
     rustix::process::umask(Mode::from_raw_mode(0o022));
     close_on_exec();
+    let (argv, envp) = (pointers(&arguments), pointers(&environment));
+    last()?;
     // SAFETY: both arrays end with a null pointer, and every string lives until the call returns or replaces this process.
-    unsafe {
-        libc::execve(
-            file.as_ptr(),
-            pointers(&arguments).as_ptr(),
-            pointers(&environment).as_ptr(),
-        )
-    };
+    unsafe { libc::execve(file.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
     let error = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);
     Err(StageError::Command(format!(
         "{}: {}",

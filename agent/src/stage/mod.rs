@@ -11,6 +11,7 @@ mod identity;
 mod mounts;
 mod pod_reaper;
 mod privileges;
+mod seccomp;
 mod terminal;
 mod vsock_filter;
 
@@ -40,6 +41,7 @@ use identity::{Database, resolve};
 pub(crate) use mounts::POD_SHM;
 pub(crate) use pod_reaper::{ARGUMENT as POD_REAPER_ARGUMENT, main as pod_reaper_main};
 pub(crate) use privileges::{capability_set, rlimit};
+pub(crate) use seccomp::decode as decode_seccomp;
 
 /// Argument that selects this role.
 pub(crate) const ARGUMENT: &str = "container-init";
@@ -239,19 +241,24 @@ fn become_process(
         &identity,
     )?;
     command::enter_directory(&process.cwd)?;
-    // While the stage still may: without no_new_privileges a filter takes CAP_SYS_ADMIN.
-    vsock_filter::install()?;
-    privileges::become_user(
-        &identity,
-        process
-            .capabilities
-            .as_ref()
-            .unwrap_or(&v1::Capabilities::default()),
-    )?;
+    let filter = process.seccomp.as_ref();
+    if filter.is_some() {
+        vsock_filter::install()?;
+    }
+    // Without no_new_privileges a filter takes CAP_SYS_ADMIN, which then is the last thing to be given up.
+    let borrow = filter.is_some() && !process.no_new_privileges;
+    let capabilities = process.capabilities.clone().unwrap_or_default();
+    let own = privileges::become_user(&identity, &capabilities, borrow)?;
     if process.no_new_privileges {
         rustix::thread::set_no_new_privs(true).at(|| "setting no_new_privileges")?;
     }
-    command::execute(&process.args, &environment)
+    // The filter comes so late that a profile has to allow nothing of the above.
+    command::execute(&process.args, &environment, || {
+        if let Some(filter) = filter {
+            seccomp::install(filter)?;
+        }
+        if borrow { privileges::settle(own) } else { Ok(()) }
+    })
 }
 
 /// Builds and enters the container's own root; answers its terminal.

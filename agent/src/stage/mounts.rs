@@ -97,7 +97,12 @@ fn special(
 fn one(root: &OwnedFd, wanted: &StageMount) -> Result<(), StageError> {
     let path = &wanted.destination;
     if !wanted.source.is_empty() {
-        return bind(root, path, &wanted.source, wanted.readonly);
+        bind(root, path, &wanted.source, wanted.readonly)?;
+        return if wanted.inert {
+            remount_inert(root, path)
+        } else {
+            Ok(())
+        };
     }
     let options =
         CString::new(wanted.options.as_str()).map_err(|_| StageError::Protocol("NUL in mount options"))?;
@@ -134,6 +139,14 @@ fn destination(root: &OwnedFd, path: &str, want: Want) -> Result<OwnedFd, StageE
         )));
     }
     Ok(target)
+}
+
+/// Makes the mount at `path` one of which nothing can come but reading.
+fn remount_inert(root: &OwnedFd, path: &str) -> Result<(), StageError> {
+    let mounted = rootfs::open(root, path, OFlags::PATH).at(|| format!("opening {path}"))?;
+    let flags =
+        MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount_remount(name_of(&mounted), flags, c"").at(|| format!("restricting {path}"))
 }
 
 /// Makes the mount at `path` read-only, keeping its other flags.

@@ -74,8 +74,13 @@ pub(super) fn set_rlimits(limits: &[v1::Rlimit]) -> Result<(), StageError> {
     Ok(())
 }
 
-/// Becomes the user with exactly these capabilities.
-pub(super) fn become_user(identity: &Identity, wanted: &v1::Capabilities) -> Result<(), StageError> {
+/// Becomes the user with exactly these capabilities; with CAP_SYS_ADMIN besides when `borrow` asks for it, to be given back by
+/// [`settle`]. Answers what it settles on.
+pub(super) fn become_user(
+    identity: &Identity,
+    wanted: &v1::Capabilities,
+    borrow: bool,
+) -> Result<CapabilitySets, StageError> {
     let set = |names: &[String]| {
         capability_set(names).map_err(|name| StageError::Invalid(format!("unknown capability {name}")))
     };
@@ -100,7 +105,17 @@ pub(super) fn become_user(identity: &Identity, wanted: &v1::Capabilities) -> Res
         permitted: set(&wanted.permitted)? & kernel,
         inheritable: set(&wanted.inheritable)? & kernel,
     };
-    set_capabilities(None, sets).at(|| "setting capabilities")?;
+    let borrowed = if borrow {
+        CapabilitySet::SYS_ADMIN
+    } else {
+        CapabilitySet::empty()
+    };
+    let for_now = CapabilitySets {
+        effective: sets.effective | borrowed,
+        permitted: sets.permitted | borrowed,
+        inheritable: sets.inheritable,
+    };
+    set_capabilities(None, for_now).at(|| "setting capabilities")?;
     match clear_ambient_capability_set() {
         Ok(()) | Err(Errno::INVAL) => {}
         Err(error) => return Err(error).at(|| "clearing ambient capabilities"),
@@ -109,7 +124,12 @@ pub(super) fn become_user(identity: &Identity, wanted: &v1::Capabilities) -> Res
         configure_capability_in_ambient_set(capability, true)
             .at(|| format!("raising ambient capability {capability:?}"))?;
     }
-    Ok(())
+    Ok(sets)
+}
+
+/// Gives back what [`become_user`] borrowed.
+pub(super) fn settle(own: CapabilitySets) -> Result<(), StageError> {
+    set_capabilities(None, own).at(|| "giving up CAP_SYS_ADMIN under the seccomp filter")
 }
 
 /// Root has all that the kernel knows; a name that it does not know is not worth an error.

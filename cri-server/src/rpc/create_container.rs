@@ -8,7 +8,7 @@ use crate::{
     outcome::note,
     runtime::Runtime,
     status::RpcError,
-    translate::{self, Refusals},
+    translate::{self, MountImages, Refusals},
 };
 
 pub(super) async fn handle(
@@ -36,10 +36,18 @@ pub(super) async fn handle(
         .get(&reference)
         .await?
         .ok_or(RpcError::ImageMissing(reference))?;
+    let mut mounted = MountImages::new();
+    for (index, reference) in translate::mounted_images(&config) {
+        let image = runtime.images.get(reference).await?;
+        mounted.insert(
+            index,
+            image.ok_or_else(|| RpcError::ImageMissing(reference.to_owned()))?,
+        );
+    }
     resolve_target(runtime, &mut config, &view).await?;
     let pod = view.spec;
     // Mounts are looked at on the host, where a dead NFS server may hold a thread.
-    let spec = tokio::task::spawn_blocking(move || translate::container_spec(config, &pod, &image))
+    let spec = tokio::task::spawn_blocking(move || translate::container_spec(config, &pod, &image, &mounted))
         .await
         .map_err(|_| RpcError::TaskLost("read the request"))??;
     let id = runtime.sandboxes.create_container(&view.id.0, spec).await?;

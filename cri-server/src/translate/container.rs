@@ -9,13 +9,16 @@ use caisson_sandbox::{
     spec::{ContainerImage, ContainerSpec, PodSpec},
 };
 
-use super::{Refusals, mounts, namespaces, pod, process, resources, security, signals};
+use super::{
+    MountImages, Refusals, image_mounts, mounts, namespaces, pod, process, resources, security, signals,
+};
 
-/// The container that a request asks for, in `pod`, from `image`. Looks at the host paths of mounts, so it may block.
+/// The container that a request asks for, in `pod`, from `image`, with `mounted` for its image volumes. Looks at the host paths of mounts, so it may block.
 pub fn container_spec(
     config: v1::ContainerConfig,
     pod: &PodSpec,
     image: &Image,
+    mounted: &MountImages,
 ) -> Result<ContainerSpec, Refusals> {
     let mut refusals = Refusals::default();
     not_supported(&config, &mut refusals);
@@ -31,6 +34,10 @@ pub fn container_spec(
         config.annotations.get(mounts::TERMINATION_PATH),
         &mut refusals,
     );
+    let (image_volumes, image_records): (Vec<_>, Vec<_>) =
+        image_mounts::image_volumes(&config.mounts, mounted, &mut refusals)
+            .into_iter()
+            .unzip();
     let process = process::process(
         &config,
         &context,
@@ -58,7 +65,8 @@ pub fn container_spec(
         termination_file: mounts.termination.map(|(host, _)| host),
         log_path: log_path(&config.log_path, &mut refusals),
         stop_signal: stop_signal(config.stop_signal, &image.config, &mut refusals),
-        mounts: mounts.records,
+        mounts: [mounts.records, image_records].concat(),
+        image_volumes,
         labels: config.labels.into_iter().collect(),
         annotations: config.annotations.into_iter().collect(),
     };
@@ -106,29 +114,12 @@ fn confinement(context: &v1::LinuxContainerSecurityContext, refusals: &mut Refus
     if context.privileged {
         return;
     }
-    security::seccomp(
-        context.seccomp.as_ref(),
-        (
-            &format!("{field}.seccomp_profile_path"),
-            seccomp_profile_path(context),
-        ),
-        &format!("{field}.seccomp"),
-        refusals,
-    );
     security::apparmor(
         context.apparmor.as_ref(),
         (&format!("{field}.apparmor_profile"), apparmor_profile(context)),
         &format!("{field}.apparmor"),
         refusals,
     );
-}
-
-#[expect(
-    deprecated,
-    reason = "older kubelets and crictl still fill it; it is refused, not dropped"
-)]
-fn seccomp_profile_path(context: &v1::LinuxContainerSecurityContext) -> &str {
-    &context.seccomp_profile_path
 }
 
 #[expect(
@@ -156,7 +147,7 @@ fn guest_spec(
     let options = context.namespace_options.as_ref();
     let pid_namespace = namespaces::container_pid(
         options,
-        pod.share_pid_namespace,
+        &pod.into(),
         "config.linux.security_context.namespace_options",
         refusals,
     );
@@ -321,12 +312,14 @@ mod tests {
     }
 
     fn refused(config: v1::ContainerConfig) -> String {
-        container_spec(config, &pod(), &image()).unwrap_err().to_string()
+        container_spec(config, &pod(), &image(), &MountImages::new())
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
     fn the_least_that_a_container_needs_is_a_name_and_an_image() {
-        let spec = container_spec(config(), &pod(), &image()).unwrap();
+        let spec = container_spec(config(), &pod(), &image(), &MountImages::new()).unwrap();
         assert_eq!((spec.name.as_str(), spec.attempt), ("c", 3));
         assert_eq!(spec.image.user_reference, "r/a:1");
         assert_eq!(spec.image.reference, "r/a@sha256:2");
@@ -353,7 +346,7 @@ mod tests {
             }],
             ..config()
         };
-        let spec = container_spec(config, &pod(), &image()).unwrap();
+        let spec = container_spec(config, &pod(), &image(), &MountImages::new()).unwrap();
         assert_eq!(spec.guest.image_volumes, ["/cache"]);
         assert_eq!(spec.files.len(), 1);
     }
@@ -370,6 +363,7 @@ mod tests {
             }),
             &pod(),
             &image(),
+            &MountImages::new(),
         )
         .unwrap();
         assert!(spec.guest.privileged);
@@ -389,7 +383,10 @@ mod tests {
             log_path: "../../etc/passwd".into(),
             stop_signal: 99,
             ..with(v1::LinuxContainerSecurityContext {
-                seccomp: Some(v1::SecurityProfile::default()),
+                seccomp: Some(v1::SecurityProfile {
+                    profile_type: 2,
+                    localhost_ref: "nowhere".into(),
+                }),
                 masked_paths: vec!["proc".into()],
                 namespace_options: Some(v1::NamespaceOption {
                     pid: v1::NamespaceMode::Node as i32,
@@ -406,7 +403,7 @@ mod tests {
             "config.stdin_once:",
             "config.log_path:",
             "config.stop_signal:",
-            "config.linux.security_context.seccomp: RuntimeDefault",
+            "config.linux.security_context.seccomp: localhost_ref \"nowhere\"",
             "config.linux.security_context.masked_paths[0]:",
             "config.linux.security_context.namespace_options.pid: NODE",
         ] {

@@ -1,11 +1,12 @@
 //! From CRI requests to the domain's own words. Every field of a request is used, kept to be answered back, or refused by its path;
 //! docs/cri-fields.md has the list.
 //!
-//! Pure but for mounts, which look at the host paths that they name.
+//! Pure but for mounts and seccomp profiles, which look at the host paths that they name.
 
 mod capabilities;
 mod container;
 mod credentials;
+mod image_mounts;
 mod mounts;
 mod namespaces;
 mod network;
@@ -13,11 +14,13 @@ mod pod;
 mod process;
 mod refusals;
 mod resources;
+mod seccomp;
 mod security;
 mod signals;
 
 pub use container::container_spec;
 pub use credentials::credentials;
+pub use image_mounts::{MountImages, mounted_images};
 pub use namespaces::target_container;
 pub use pod::pod_spec;
 pub use refusals::{Refusal, Refusals};

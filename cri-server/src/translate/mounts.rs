@@ -35,6 +35,10 @@ pub(super) fn mounts(
 ) -> Mounts {
     let mut mounts = Mounts::default();
     for (index, mount) in list.iter().enumerate() {
+        if mount.image.is_some() {
+            // Not a path of the host's.
+            continue;
+        }
         let field = format!("config.mounts[{index}]");
         if !possible(mount, &field, refusals) {
             continue;
@@ -43,6 +47,7 @@ pub(super) fn mounts(
             host_path: mount.host_path.clone(),
             container_path: mount.container_path.clone(),
             readonly: mount.readonly,
+            image: None,
         });
         let (path, kind) = match look(Path::new(&mount.host_path)) {
             Ok(found) => found,
@@ -72,10 +77,6 @@ pub(super) fn mounts(
 /// Refuses what no rule below could honour.
 fn possible(mount: &v1::Mount, field: &str, refusals: &mut Refusals) -> bool {
     let before = refusals.list().len();
-    if mount.image.is_some() || !mount.image_sub_path.is_empty() {
-        refusals.add(format!("{field}.image"), "image volumes are not supported yet");
-        return false;
-    }
     refusals.add_if(
         mount.host_path.is_empty(),
         &format!("{field}.host_path"),
@@ -245,13 +246,6 @@ mod tests {
                     ..plain.clone()
                 },
                 "config.mounts[0].uid_mappings",
-            ),
-            (
-                v1::Mount {
-                    image: Some(v1::ImageSpec::default()),
-                    ..plain.clone()
-                },
-                "config.mounts[0].image: image volumes",
             ),
             (
                 v1::Mount {

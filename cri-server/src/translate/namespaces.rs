@@ -1,47 +1,61 @@
-//! Namespace options. A pod is a VM, so a namespace of the host is never to be had.
+//! Namespace options. A pod is a VM, so a namespace of the host is never to be had; the guest stands in for it where that is of use.
 
 use caisson_cri_api::v1::{self, NamespaceMode};
-use caisson_sandbox::guest;
+use caisson_sandbox::{guest, spec::PodSpec};
 
 use super::Refusals;
 
-/// Checks a pod's options and answers whether its containers share one PID namespace. Absent options are the zero values: POD.
-pub(super) fn pod_shares_pid(
+/// What the containers of a pod share.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct PodNamespaces {
+    /// One PID namespace of the pod's.
+    pub(super) share_pid: bool,
+    /// The guest's own PID namespace.
+    pub(super) guest_pid: bool,
+}
+
+impl From<&PodSpec> for PodNamespaces {
+    fn from(spec: &PodSpec) -> Self {
+        Self {
+            share_pid: spec.share_pid_namespace,
+            guest_pid: spec.guest_pid_namespace,
+        }
+    }
+}
+
+/// Checks a pod's options. Absent options are the zero values: POD.
+pub(super) fn pod_namespaces(
     options: Option<&v1::NamespaceOption>,
     field: &str,
     refusals: &mut Refusals,
-) -> bool {
+) -> PodNamespaces {
     let absent = v1::NamespaceOption::default();
     let options = options.unwrap_or(&absent);
     common(options, field, refusals);
     let field = format!("{field}.pid");
+    let mut namespaces = PodNamespaces::default();
     match NamespaceMode::try_from(options.pid) {
-        Ok(NamespaceMode::Pod) => true,
-        Ok(NamespaceMode::Container) => false,
-        Ok(NamespaceMode::Node) => {
-            refusals.add(field, "NODE is not possible for a pod that is a VM");
-            false
-        }
-        Ok(NamespaceMode::Target) => {
-            refusals.add(field, "TARGET is for containers only");
-            false
-        }
+        Ok(NamespaceMode::Pod) => namespaces.share_pid = true,
+        Ok(NamespaceMode::Container) => {}
+        Ok(NamespaceMode::Node) => namespaces.guest_pid = true,
+        Ok(NamespaceMode::Target) => refusals.add(field, "TARGET is for containers only"),
         Err(_) => unknown(options.pid, field, refusals),
     }
+    namespaces
 }
 
 /// Checks a container's options and answers whose PID namespace it has. Absent options follow the pod.
 pub(super) fn container_pid(
     options: Option<&v1::NamespaceOption>,
-    pod_shares_pid: bool,
+    pod: &PodNamespaces,
     field: &str,
     refusals: &mut Refusals,
 ) -> guest::PidNamespace {
     let Some(options) = options else {
-        return if pod_shares_pid {
-            guest::PidNamespace::PidPod
-        } else {
-            guest::PidNamespace::PidContainer
+        return match (pod.guest_pid, pod.share_pid) {
+            (true, _) => guest::PidNamespace::PidNode,
+            (false, true) => guest::PidNamespace::PidPod,
+            (false, false) => guest::PidNamespace::PidContainer,
         };
     };
     common(options, field, refusals);
@@ -60,7 +74,7 @@ pub(super) fn container_pid(
     match NamespaceMode::try_from(options.pid) {
         Ok(NamespaceMode::Pod) => {
             refusals.add_if(
-                !pod_shares_pid,
+                !pod.share_pid,
                 &field,
                 "POD needs a pod that was run with pid POD",
             );
@@ -69,8 +83,12 @@ pub(super) fn container_pid(
         Ok(NamespaceMode::Container) => guest::PidNamespace::PidContainer,
         Ok(NamespaceMode::Target) => guest::PidNamespace::PidTarget,
         Ok(NamespaceMode::Node) => {
-            refusals.add(field, "NODE is not possible for a pod that is a VM");
-            guest::PidNamespace::PidContainer
+            refusals.add_if(
+                !pod.guest_pid,
+                &field,
+                "NODE needs a pod that was run with pid NODE",
+            );
+            guest::PidNamespace::PidNode
         }
         Err(_) => {
             unknown(options.pid, field, refusals);
@@ -106,9 +124,7 @@ fn common(options: &v1::NamespaceOption, field: &str, refusals: &mut Refusals) {
                     mode.as_str_name()
                 ),
             ),
-            Err(_) => {
-                unknown(value, field, refusals);
-            }
+            Err(_) => unknown(value, field, refusals),
         }
     }
     if let Some(userns) = &options.userns_options {
@@ -120,9 +136,8 @@ fn common(options: &v1::NamespaceOption, field: &str, refusals: &mut Refusals) {
     }
 }
 
-fn unknown(value: i32, field: String, refusals: &mut Refusals) -> bool {
+fn unknown(value: i32, field: String, refusals: &mut Refusals) {
     refusals.add(field, format!("unknown namespace mode {value}"));
-    false
 }
 
 #[cfg(test)]
@@ -138,6 +153,19 @@ mod tests {
         }
     }
 
+    const SHARED: PodNamespaces = PodNamespaces {
+        share_pid: true,
+        guest_pid: false,
+    };
+    const APART: PodNamespaces = PodNamespaces {
+        share_pid: false,
+        guest_pid: false,
+    };
+    const GUEST: PodNamespaces = PodNamespaces {
+        share_pid: false,
+        guest_pid: true,
+    };
+
     #[test]
     fn host_namespaces_of_a_pod_are_refused_by_name() {
         use NamespaceMode::{Container, Node, Pod, Target};
@@ -145,10 +173,6 @@ mod tests {
             (
                 options(Node, Pod, Pod),
                 "n.network: NODE is not possible for a pod that is a VM",
-            ),
-            (
-                options(Pod, Node, Pod),
-                "n.pid: NODE is not possible for a pod that is a VM",
             ),
             (
                 options(Pod, Pod, Node),
@@ -162,59 +186,64 @@ mod tests {
         ];
         for (options, message) in cases {
             let mut refusals = Refusals::default();
-            pod_shares_pid(Some(&options), "n", &mut refusals);
+            pod_namespaces(Some(&options), "n", &mut refusals);
             assert_eq!(refusals.to_string(), message);
         }
     }
 
     #[test]
     fn a_pod_without_options_shares_its_pid_namespace_as_the_zero_values_say() {
+        use NamespaceMode::{Container, Node, Pod};
         let mut refusals = Refusals::default();
-        assert!(pod_shares_pid(None, "n", &mut refusals));
-        assert!(!pod_shares_pid(
-            Some(&options(
-                NamespaceMode::Pod,
-                NamespaceMode::Container,
-                NamespaceMode::Pod
-            )),
-            "n",
-            &mut refusals
-        ));
+        assert_eq!(pod_namespaces(None, "n", &mut refusals), SHARED);
+        for (mode, namespaces) in [(Pod, SHARED), (Container, APART), (Node, GUEST)] {
+            let options = options(Pod, mode, Pod);
+            assert_eq!(pod_namespaces(Some(&options), "n", &mut refusals), namespaces);
+        }
         refusals.settle(()).unwrap();
     }
 
     #[test]
     fn a_container_follows_the_pod_or_says_what_it_wants() {
-        use NamespaceMode::{Container, Pod, Target};
+        use NamespaceMode::{Container, Node, Pod, Target};
         let mut refusals = Refusals::default();
         assert_eq!(
-            container_pid(None, true, "n", &mut refusals),
+            container_pid(None, &SHARED, "n", &mut refusals),
             guest::PidNamespace::PidPod
         );
         assert_eq!(
-            container_pid(None, false, "n", &mut refusals),
+            container_pid(None, &APART, "n", &mut refusals),
             guest::PidNamespace::PidContainer
         );
         assert_eq!(
-            container_pid(Some(&options(Pod, Container, Pod)), true, "n", &mut refusals),
+            container_pid(Some(&options(Pod, Container, Pod)), &SHARED, "n", &mut refusals),
             guest::PidNamespace::PidContainer
+        );
+        assert_eq!(
+            container_pid(None, &GUEST, "n", &mut refusals),
+            guest::PidNamespace::PidNode
+        );
+        assert_eq!(
+            container_pid(Some(&options(Pod, Node, Pod)), &GUEST, "n", &mut refusals),
+            guest::PidNamespace::PidNode
         );
         let target = v1::NamespaceOption {
             target_id: "abc".into(),
             ..options(Pod, Target, Pod)
         };
         assert_eq!(
-            container_pid(Some(&target), false, "n", &mut refusals),
+            container_pid(Some(&target), &APART, "n", &mut refusals),
             guest::PidNamespace::PidTarget
         );
         refusals.settle(()).unwrap();
 
         let mut refusals = Refusals::default();
-        container_pid(Some(&options(Pod, Pod, Pod)), false, "n", &mut refusals);
-        container_pid(Some(&options(Pod, Target, Pod)), false, "n", &mut refusals);
+        container_pid(Some(&options(Pod, Pod, Pod)), &APART, "n", &mut refusals);
+        container_pid(Some(&options(Pod, Node, Pod)), &SHARED, "n", &mut refusals);
+        container_pid(Some(&options(Pod, Target, Pod)), &APART, "n", &mut refusals);
         assert_eq!(
             refusals.to_string(),
-            "n.pid: POD needs a pod that was run with pid POD; n.target_id: is needed when pid is TARGET"
+            "n.pid: POD needs a pod that was run with pid POD; n.pid: NODE needs a pod that was run with pid NODE; n.target_id: is needed when pid is TARGET"
         );
     }
 
@@ -226,11 +255,11 @@ mod tests {
             ..Default::default()
         });
         let mut refusals = Refusals::default();
-        pod_shares_pid(Some(&with), "n", &mut refusals);
+        pod_namespaces(Some(&with), "n", &mut refusals);
         refusals.settle(()).unwrap();
         with.userns_options = Some(v1::UserNamespace::default());
         let mut refusals = Refusals::default();
-        pod_shares_pid(Some(&with), "n", &mut refusals);
+        pod_namespaces(Some(&with), "n", &mut refusals);
         assert_eq!(
             refusals.to_string(),
             "n.userns_options: user namespaces are not supported yet"

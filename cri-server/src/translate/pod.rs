@@ -28,7 +28,7 @@ pub fn pod_spec(request: v1::RunPodSandboxRequest) -> Result<PodSpec, Refusals> 
     );
     cdi_annotations(config.annotations.keys(), &mut refusals);
     let linux = config.linux.unwrap_or_default();
-    let share_pid_namespace = sandbox_security(linux.security_context.as_ref(), &mut refusals);
+    let namespaces = sandbox_security(linux.security_context.as_ref(), &mut refusals);
     let limits = resources::pod_limits(linux.resources.as_ref(), "config.linux.resources", &mut refusals);
     let cgroup_parent = cgroup_parent(linux.cgroup_parent, &mut refusals);
     let spec = PodSpec {
@@ -43,7 +43,8 @@ pub fn pod_spec(request: v1::RunPodSandboxRequest) -> Result<PodSpec, Refusals> 
             &mut refusals,
         ),
         sysctls: sysctls(linux.sysctls.into_iter().collect(), &mut refusals),
-        share_pid_namespace,
+        share_pid_namespace: namespaces.share_pid,
+        guest_pid_namespace: namespaces.guest_pid,
         cgroup_parent,
         limits,
         identity,
@@ -78,10 +79,13 @@ fn identity(metadata: Option<v1::PodSandboxMetadata>, refusals: &mut Refusals) -
     }
 }
 
-/// Checks the sandbox's own security context and answers whether its containers share a PID namespace. There is no process of the
+/// Checks the sandbox's own security context and answers which namespaces its containers share. There is no process of the
 /// sandbox itself (no pause container), so users, groups, privileges, seccomp and AppArmor have nobody to hold for here; every
 /// container brings its own. kubelet sends seccomp RuntimeDefault for each sandbox.
-fn sandbox_security(context: Option<&v1::LinuxSandboxSecurityContext>, refusals: &mut Refusals) -> bool {
+fn sandbox_security(
+    context: Option<&v1::LinuxSandboxSecurityContext>,
+    refusals: &mut Refusals,
+) -> namespaces::PodNamespaces {
     let field = "config.linux.security_context";
     if let Some(context) = context {
         security::selinux(
@@ -90,7 +94,7 @@ fn sandbox_security(context: Option<&v1::LinuxSandboxSecurityContext>, refusals:
             refusals,
         );
     }
-    namespaces::pod_shares_pid(
+    namespaces::pod_namespaces(
         context.and_then(|context| context.namespace_options.as_ref()),
         &format!("{field}.namespace_options"),
         refusals,

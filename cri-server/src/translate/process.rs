@@ -4,7 +4,7 @@ use caisson_cri_api::v1;
 use caisson_image::ImageConfig;
 use caisson_sandbox::guest;
 
-use super::{Refusals, capabilities};
+use super::{Refusals, capabilities, seccomp};
 
 /// PATH when neither request nor image has one.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -21,17 +21,19 @@ pub(super) fn process(
     oom_score_adj: i32,
     refusals: &mut Refusals,
 ) -> guest::Process {
+    let capabilities = capabilities::capabilities(
+        context.capabilities.as_ref(),
+        context.privileged,
+        "config.linux.security_context.capabilities",
+        refusals,
+    );
     guest::Process {
+        seccomp: seccomp::filter(context, &capabilities.bounding, refusals),
         args: args(&config.command, &config.args, image, refusals),
         env: env(&config.envs, image, hostname, config.tty, refusals),
         cwd: cwd(&config.working_dir, image, refusals),
         user: Some(user(context, image, refusals)),
-        capabilities: Some(capabilities::capabilities(
-            context.capabilities.as_ref(),
-            context.privileged,
-            "config.linux.security_context.capabilities",
-            refusals,
-        )),
+        capabilities: Some(capabilities),
         no_new_privileges: context.no_new_privs,
         terminal: config.tty,
         rlimits: vec![guest::Rlimit {

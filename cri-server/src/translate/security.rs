@@ -4,28 +4,8 @@ use caisson_cri_api::v1::{self, security_profile::ProfileType};
 
 use super::Refusals;
 
-/// Refuses seccomp profiles other than unset and Unconfined. `deprecated` is the older string field.
-pub(super) fn seccomp(
-    profile: Option<&v1::SecurityProfile>,
-    deprecated: (&str, &str),
-    field: &str,
-    refusals: &mut Refusals,
-) {
-    enforced("seccomp", profile, deprecated, field, refusals);
-}
-
 /// Refuses AppArmor profiles other than unset and Unconfined. `deprecated` is the older string field.
 pub(super) fn apparmor(
-    profile: Option<&v1::SecurityProfile>,
-    deprecated: (&str, &str),
-    field: &str,
-    refusals: &mut Refusals,
-) {
-    enforced("AppArmor", profile, deprecated, field, refusals);
-}
-
-fn enforced(
-    what: &str,
     profile: Option<&v1::SecurityProfile>,
     (old_field, old_value): (&str, &str),
     field: &str,
@@ -36,7 +16,7 @@ fn enforced(
             Ok(ProfileType::Unconfined) => {}
             Ok(kind) => refusals.add(
                 field,
-                format!("{} profiles are not supported yet ({what})", kind.as_str_name()),
+                format!("{} profiles are not supported yet (AppArmor)", kind.as_str_name()),
             ),
             Err(_) => refusals.add(field, format!("unknown profile type {}", profile.profile_type)),
         }
@@ -44,7 +24,7 @@ fn enforced(
     if !matches!(old_value, "" | "unconfined") {
         refusals.add(
             old_field,
-            format!("{what} profile {old_value:?} is not supported yet"),
+            format!("AppArmor profile {old_value:?} is not supported yet"),
         );
     }
 }
@@ -69,7 +49,7 @@ mod tests {
             localhost_ref: String::new(),
         });
         let mut refusals = Refusals::default();
-        seccomp(profile.as_ref(), ("s.old", old), "s.new", &mut refusals);
+        apparmor(profile.as_ref(), ("s.old", old), "s.new", &mut refusals);
         refusals.to_string()
     }
 
@@ -79,11 +59,11 @@ mod tests {
         assert_eq!(told(Some(ProfileType::Unconfined), "unconfined"), "");
         assert_eq!(
             told(Some(ProfileType::RuntimeDefault), ""),
-            "s.new: RuntimeDefault profiles are not supported yet (seccomp)"
+            "s.new: RuntimeDefault profiles are not supported yet (AppArmor)"
         );
         assert_eq!(
             told(None, "localhost/x"),
-            "s.old: seccomp profile \"localhost/x\" is not supported yet"
+            "s.old: AppArmor profile \"localhost/x\" is not supported yet"
         );
     }
 

@@ -344,6 +344,7 @@ impl Node {
             network: PodNetworkSpec::default(),
             sysctls: BTreeMap::new(),
             share_pid_namespace: false,
+            guest_pid_namespace: false,
             cgroup_parent: None,
             limits: spec::PodLimits::default(),
         }
@@ -389,6 +390,7 @@ pub fn container_of(name: &str, image: &str) -> spec::ContainerSpec {
         termination_file: None,
         log_path: Some(format!("{name}.log").into()),
         stop_signal: 15,
+        image_volumes: Vec::new(),
         mounts: Vec::new(),
     }
 }

@@ -4,6 +4,7 @@
 //! product's crates: an error in them would hide in both places.
 
 pub mod cri;
+pub mod crictl;
 pub mod critest_images;
 pub mod daemon;
 pub mod host;

@@ -450,3 +450,70 @@ fn a_command_whose_caller_has_gone_is_killed() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn the_guest_stands_in_for_the_host_whose_processes_a_pod_asks_to_see() -> Result<()> {
+    let host = Host::enter()?;
+    run(async {
+        let Node {
+            mut cri,
+            image,
+            daemon: _daemon,
+            registry: _registry,
+        } = node(&host).await?;
+        let options = cri::NamespaceOption {
+            pid: cri::NamespaceMode::Node.into(),
+            ..Default::default()
+        };
+        let mut pod_config = pod(&host, "node-pids");
+        pod_config.linux.get_or_insert_default().security_context = Some(cri::LinuxSandboxSecurityContext {
+            namespace_options: Some(options.clone()),
+            ..Default::default()
+        });
+        let pod_id = cri.run_pod(&pod_config).await?;
+        let (status, _) = cri.pod_status(&pod_id).await?;
+        let shown = status.linux.and_then(|linux| linux.namespaces?.options);
+        ensure!(
+            shown.as_ref().map(|options| options.pid) == Some(options.pid),
+            "{shown:?}"
+        );
+        let mut first = container("first", &image, &["sleep", "4321"]);
+        security(&mut first).namespace_options = Some(options.clone());
+        let first = cri.run(&pod_id, &first, &pod_config).await?;
+        let mut second = container("second", &image, &["sleep", "1234"]);
+        security(&mut second).namespace_options = Some(options);
+        let second = cri.run(&pod_id, &second, &pod_config).await?;
+        let (_, processes, _) = cri.exec(&second, &["ps"]).await?;
+        for name in ["sleep 4321", "sleep 1234", "caisson-agent agent", "[kthreadd]"] {
+            ensure!(processes.contains(name), "no {name} in {processes}");
+        }
+        // Seen, and no more: neither init nor agent can be looked into.
+        let agent = processes
+            .lines()
+            .find(|line| line.contains("caisson-agent agent"))
+            .and_then(|line| line.split_whitespace().next())
+            .context("no agent")?;
+        for pid in ["1", agent] {
+            for look in [
+                format!("cat /proc/{pid}/environ"),
+                format!("head -c 1 /proc/{pid}/mem"),
+                format!("ls /proc/{pid}/root/"),
+                format!("readlink /proc/{pid}/exe"),
+                format!("readlink /proc/{pid}/fd/0"),
+            ] {
+                let (code, seen, _) = cri.exec(&second, &["sh", "-c", &look]).await?;
+                ensure!(code != 0, "{look}: {seen}");
+            }
+        }
+        // What a container leaves behind ends with it, though nothing else ends.
+        cri.exec(&first, &["sh", "-c", "setsid sleep 999 >/dev/null 2>&1 &"])
+            .await?;
+        cri.stop(&first, 0).await?;
+        let mut watcher = cri.clone();
+        eventually("the end of what was left", Duration::from_secs(20), async || {
+            let (_, processes, _) = watcher.exec(&second, &["ps"]).await.ok()?;
+            (!processes.contains("sleep 999") && !processes.contains("sleep 4321")).then_some(())
+        })
+        .await
+    })
+}

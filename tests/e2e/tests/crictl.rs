@@ -1,13 +1,14 @@
 //! The README's example by hand: crictl, built from its own sources, with no help of ours.
 
-use std::{fs, process::Command};
+use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     checkout,
+    crictl::Crictl,
     daemon::{Daemon, Product},
     eventually,
-    host::{Host, text},
+    host::Host,
     image,
     registry::Registry,
     run,
@@ -15,42 +16,14 @@ use caisson_e2e::{
 
 #[test]
 fn crictl_runs_the_pod_of_the_readme() -> Result<()> {
-    let cache = std::env::var_os("CAISSON_CACHE").map_or_else(
-        || std::path::PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/caisson"),
-        std::path::PathBuf::from,
-    );
-    let crictl = cache.join("bin/crictl");
-    ensure!(
-        crictl.exists(),
-        "{} is missing: run `make crictl` first",
-        crictl.display()
-    );
-
     let host = Host::enter()?;
     let before = host.leftovers()?;
     run(async {
         let registry = Registry::start(&host.dir().join("registry")).await?;
         let image = registry.push("demo/busybox", "1", &image::busybox()?)?;
         let daemon = Daemon::start(&host, &Product::find()?, &[]).await?;
-        let endpoint = format!("unix://{}", daemon.socket().display());
-        // crictl waits two seconds by default; an emulated VM takes longer to boot.
-        let crictl = |arguments: &[&str]| -> Result<String> {
-            let answer = text(
-                Command::new(&crictl)
-                    .args([
-                        "-t",
-                        "60s",
-                        "-r",
-                        &endpoint,
-                        "-i",
-                        &endpoint,
-                        "--config",
-                        "/dev/null",
-                    ])
-                    .args(arguments),
-            )?;
-            Ok(answer.trim().to_owned())
-        };
+        let crictl = Crictl::new(&daemon)?;
+        let crictl = |arguments: &[&str]| crictl.run(arguments);
 
         // The README's files, with this test's registry and directories in place of the reader's.
         let readme = fs::read_to_string(checkout().join("README.md"))?;

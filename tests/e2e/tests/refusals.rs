@@ -89,13 +89,6 @@ fn unknown_ids_wrong_states_and_malformed_requests_are_refused_by_name() -> Resu
                 },
             ),
             (
-                "pid",
-                cri::NamespaceOption {
-                    pid: cri::NamespaceMode::Node.into(),
-                    ..Default::default()
-                },
-            ),
-            (
                 "ipc",
                 cri::NamespaceOption {
                     ipc: cri::NamespaceMode::Node.into(),
