@@ -52,6 +52,8 @@ for one in "${wanted[@]}"; do
     if [[ $line =~ ([0-9]+)\ passed\;\ ([0-9]+)\ failed\;\ ([0-9]+)\ ignored ]]; then
         passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2])) skipped=$((skipped + BASH_REMATCH[3]))
     fi
+    reasons=$(grep -cE '^(test .* \.\.\. )?skipped: ' "$results/$name.log")
+    passed=$((passed - reasons)) skipped=$((skipped + reasons))
     if [ "$code" != 0 ] || [ -z "$line" ]; then
         broken+=("$name ($code)")
         "$here/run.sh" dmesg 2>/dev/null | tail -n 30

@@ -8,7 +8,7 @@ use caisson_e2e::{
     host::{Host, command},
     image::{self, Image, Layer},
     node::{Node, node, node_with},
-    run,
+    run, skipped,
 };
 use k8s_cri::v1 as cri;
 use serde_json::json;
@@ -147,10 +147,10 @@ fn the_tuned_kernel_has_what_workloads_take_for_granted() -> Result<()> {
         let all = cri.run(&pod_id, &all, &config).await?;
         let (_, release, _) = cri.exec(&all, &["uname", "-r"]).await?;
         if !release.contains("-caisson") {
-            eprintln!(
-                "skipped: the kernel is {}, not the tuned one; see `make e2e-tuned`",
+            skipped(&format!(
+                "the kernel is {}, not the tuned one; see `make e2e-tuned`",
                 release.trim()
-            );
+            ));
             return Ok(());
         }
         let mut missing = String::new();
