@@ -57,7 +57,8 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the daemon below `host`'s directory and waits until it answers.
+    /// Starts the daemon below `host`'s directory and waits until it answers. CAISSON_HYPERVISOR names the driver, else the daemon
+    /// takes the one that suits the host.
     pub async fn start(host: &Host, product: &Product, more: &[&str]) -> Result<Self> {
         let dir = host.dir().to_owned();
         let path = |part: &str| dir.join(part).display().to_string();
@@ -78,6 +79,9 @@ impl Daemon {
             product.initramfs.display().to_string(),
         ];
         arguments.extend(more.iter().map(ToString::to_string));
+        if let Ok(driver) = std::env::var("CAISSON_HYPERVISOR") {
+            arguments.extend(["--hypervisor".into(), driver]);
+        }
         let process = spawn(product, &dir, &arguments)?;
         let mut daemon = Self {
             process,
