@@ -14,7 +14,8 @@ mkdir -p "$cache" "$output"
 
 # Network and block devices, the vsock transport, image and container file systems; then what pods commonly use. vsock_loopback is left
 # out on purpose: a container must not reach the agent's ports.
-modules=(virtio_blk virtio_net virtio_rng virtio_balloon vmw_vsock_virtio_transport erofs overlay)
+# fuse is loaded when the first shared volume appears, so it is not in the order.
+modules=(virtio_blk virtio_net virtio_rng virtio_balloon vmw_vsock_virtio_transport erofs overlay fuse)
 
 package="$cache/linux-image-6.12-cloud-amd64.deb"
 if [ ! -s "$package" ]; then
@@ -45,7 +46,7 @@ if [ ! -e "$prepared/vmlinuz" ]; then
         *) cat "$path" ;;
         esac >"$work/result/modules/$name"
         strip --strip-debug "$work/result/modules/$name"
-        echo "/lib/modules/$name"
+        [ "$name" = fuse.ko ] || echo "/lib/modules/$name"
     done <"$work/paths" >"$work/result/modules/caisson.order"
     cp "$work"/root/boot/vmlinuz-* "$work/result/vmlinuz"
     rm -rf "$prepared"

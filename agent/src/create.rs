@@ -18,12 +18,14 @@ use crate::{
     cgroup::{self, Cgroup},
     configure::{POD_FILES, SCRATCH},
     console::complain,
-    copy_tree, device_filter,
+    copy_tree,
+    device_filter::{self, AllowedDisk},
+    devices,
     error::{AgentError, At, chain},
     guest::{Container, Guest, Sandbox},
-    names, remove, rootfs,
+    names, pod_volumes, remove, rootfs, shared,
     stage::{capability_set, decode_seccomp, rlimit},
-    stage_spec::{RootSpec, StageMount},
+    stage_spec::{RootSpec, StageDisk, StageMount},
     volumes,
 };
 
@@ -55,8 +57,20 @@ pub(crate) fn create(guest: &Guest, request: v1::CreateContainerRequest) -> Resu
                 id: volume.clone(),
             });
         }
+        if let Some(Source::Shared(shared)) = &mount.source
+            && !guest.shared.is_mounted(shared.session)
+        {
+            return Err(AgentError::Unknown {
+                what: "session",
+                id: shared.session.to_string(),
+            });
+        }
     }
     guest.reserve(&id)?;
+    if let Err(error) = provide(guest, &spec) {
+        guest.give_back(&id);
+        return Err(error);
+    }
     let serials = image_serials(&spec);
     let images = match acquire(guest, &serials) {
         Ok(images) => images,
@@ -108,6 +122,16 @@ fn acquire(guest: &Guest, serials: &[String]) -> Result<HashMap<String, PathBuf>
     Ok(places)
 }
 
+/// The pod's own volumes that the container has mounted.
+fn provide(guest: &Guest, spec: &v1::ContainerSpec) -> Result<(), AgentError> {
+    for mount in &spec.mounts {
+        if let Some(Source::PodVolume(volume)) = &mount.source {
+            guest.pod_volumes.provide(volume)?;
+        }
+    }
+    Ok(())
+}
+
 fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
     names::serial("spec.image_serial", &spec.image_serial)?;
     names::hostname(&spec.hostname)?;
@@ -134,8 +158,14 @@ fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
                 names::serial("spec.mounts.image.serial", &image.serial)?;
                 names::absolute("spec.mounts.image.sub_path", &format!("/{}", image.sub_path))?;
             }
+            Some(Source::Shared(shared)) => names::id("spec.mounts.shared.export", &shared.export)?,
+            Some(Source::PodVolume(volume)) => pod_volumes::check(volume)?,
             None => return Err(AgentError::invalid("spec.mounts.source", "is absent")),
         }
+    }
+    for device in &spec.block_devices {
+        names::serial("spec.block_devices.serial", &device.serial)?;
+        names::absolute("spec.block_devices.path", &device.path)?;
     }
     for (field, paths) in [
         ("spec.masked_paths", &spec.masked_paths),
@@ -261,8 +291,10 @@ fn build(
             .count()
     });
     let cgroup = Cgroup::create(id, &spec.resources.clone().unwrap_or_default())?;
+    let disks = disks(&spec)?;
     if !spec.privileged {
-        device_filter::attach(&cgroup.open()?)?;
+        let allowed: Vec<_> = disks.iter().map(|(_, allowed)| *allowed).collect();
+        device_filter::attach(&cgroup.open()?, &allowed)?;
     }
     let hostname = if spec.hostname == sandbox_hostname {
         String::new()
@@ -278,8 +310,37 @@ fn build(
         readonly_paths: spec.readonly_paths.clone(),
         hostname,
         new_pid_namespace: spec.pid_namespace() == v1::PidNamespace::PidContainer,
+        disks: disks.into_iter().map(|(node, _)| node).collect(),
     };
     Ok(Container::new(id.to_owned(), spec, root, cgroup, termination))
+}
+
+/// The nodes of the container's own disks, and what its device filter has to know of them.
+fn disks(spec: &v1::ContainerSpec) -> Result<Vec<(StageDisk, AllowedDisk)>, AgentError> {
+    use std::os::unix::fs::MetadataExt;
+    let mut disks = Vec::new();
+    for wanted in &spec.block_devices {
+        let node = devices::disk(&wanted.serial)?;
+        let device = fs::metadata(&node)
+            .at(|| format!("looking at {}", node.display()))?
+            .rdev();
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let node = StageDisk {
+            path: wanted.path.clone(),
+            major,
+            minor,
+            mode: wanted.mode,
+            uid: wanted.uid,
+            gid: wanted.gid,
+        };
+        let allowed = AllowedDisk {
+            major,
+            minor,
+            readonly: wanted.readonly,
+        };
+        disks.push((node, allowed));
+    }
+    Ok(disks)
 }
 
 fn mount_overlay(id: &str, image: &Path) -> Result<PathBuf, AgentError> {
@@ -401,6 +462,15 @@ fn image_mount(mount: &v1::Mount, image: &Path, sub_path: &str) -> Result<StageM
 fn stage_mount(mount: &v1::Mount) -> StageMount {
     match &mount.source {
         Some(Source::VolumeId(id)) => bind(&mount.destination, &volumes::path(id), mount.readonly),
+        Some(Source::Shared(shared)) => bind(
+            &mount.destination,
+            &shared::path(shared.session, &shared.export),
+            mount.readonly,
+        ),
+        Some(Source::PodVolume(volume)) => StageMount {
+            inside: volume.sub_path.clone(),
+            ..bind(&mount.destination, &pod_volumes::path(&volume.id), mount.readonly)
+        },
         Some(Source::Tmpfs(tmpfs)) => {
             let mode = if tmpfs.mode == 0 {
                 0o1777

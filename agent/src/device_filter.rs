@@ -41,7 +41,9 @@ const ALLOWED: [(i32, Option<i32>); 9] = [
     (136, None),
 ];
 
+const BLOCK: i32 = 1;
 const CHARACTER: i32 = 2;
+const READ: i32 = 2;
 const READ_OR_WRITE: i32 = 6;
 
 const fn op(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
@@ -53,8 +55,16 @@ const fn op(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruct
     }
 }
 
+/// A disk that a container may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AllowedDisk {
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
+    pub(crate) readonly: bool,
+}
+
 /// The program: r1 points to { access << 16 | type, major, minor }.
-fn program() -> Vec<Instruction> {
+fn program(disks: &[AllowedDisk]) -> Vec<Instruction> {
     let mut code = vec![
         op(LOAD_WORD, 2, 1, 0, 0),
         op(LOAD_WORD, 4, 1, 4, 0),
@@ -68,10 +78,21 @@ fn program() -> Vec<Instruction> {
         op(JUMP_EQUAL, 2, 0, 1, 0),
         op(JUMP, 0, 0, 1, 0),
         op(EXIT, 0, 0, 0, 0),
-        op(JUMP_EQUAL, 3, 0, 2, CHARACTER),
-        op(MOVE, 0, 0, 0, 0),
-        op(EXIT, 0, 0, 0, 0),
     ];
+    for disk in disks {
+        // To write to one that can only be read is left to the refusal at the end.
+        let skip = i16::from(disk.readonly);
+        code.push(op(JUMP_NOT_EQUAL, 3, 0, 3 + skip, BLOCK));
+        code.push(op(JUMP_NOT_EQUAL, 4, 0, 2 + skip, disk.major.cast_signed()));
+        code.push(op(JUMP_NOT_EQUAL, 5, 0, 1 + skip, disk.minor.cast_signed()));
+        if disk.readonly {
+            code.push(op(JUMP_NOT_EQUAL, 2, 0, 1, READ));
+        }
+        code.push(op(EXIT, 0, 0, 0, 0));
+    }
+    code.push(op(JUMP_EQUAL, 3, 0, 2, CHARACTER));
+    code.push(op(MOVE, 0, 0, 0, 0));
+    code.push(op(EXIT, 0, 0, 0, 0));
     for (major, minor) in ALLOWED {
         match minor {
             Some(minor) => {
@@ -119,9 +140,9 @@ const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
-/// Limits what processes in this cgroup can open. The filter lives as long as the cgroup.
-pub(crate) fn attach(cgroup: &OwnedFd) -> Result<(), AgentError> {
-    let code = program();
+/// Limits what processes in this cgroup can open, besides these disks. The filter lives as long as the cgroup.
+pub(crate) fn attach(cgroup: &OwnedFd, disks: &[AllowedDisk]) -> Result<(), AgentError> {
+    let code = program(disks);
     let load = Load {
         kind: BPF_PROG_TYPE_CGROUP_DEVICE,
         count: u32::try_from(code.len())
@@ -174,8 +195,12 @@ mod tests {
 
     /// Runs the program as the kernel would; the answer is r0.
     fn verdict(kind: i64, access: i64, major: i64, minor: i64) -> i64 {
+        verdict_with(&[], kind, access, major, minor)
+    }
+
+    fn verdict_with(disks: &[AllowedDisk], kind: i64, access: i64, major: i64, minor: i64) -> i64 {
         let context = [(access << 16) | kind, major, minor];
-        let code = program();
+        let code = program(disks);
         let mut registers = [0i64; 11];
         let mut at = 0usize;
         loop {
@@ -237,6 +262,33 @@ mod tests {
         for (major, minor) in [(254, 0), (1, 3), (136, 0), (8, 0)] {
             assert_eq!(verdict(1, 4, major, minor), 0, "block {major}:{minor}");
         }
+    }
+
+    #[test]
+    fn the_container_s_own_disks_can_be_used_as_asked() {
+        let disk = |minor, readonly| AllowedDisk {
+            major: 254,
+            minor,
+            readonly,
+        };
+        let disks = [disk(16, true), disk(32, false)];
+        for (minor, access, may) in [
+            (16, 2, 1),
+            (16, 4, 0),
+            (16, 6, 0),
+            (32, 2, 1),
+            (32, 4, 1),
+            (32, 6, 1),
+            (0, 2, 0),
+        ] {
+            assert_eq!(
+                verdict_with(&disks, 1, access, 254, minor),
+                may,
+                "{minor} {access}"
+            );
+        }
+        assert_eq!(verdict_with(&disks, 2, 2, 254, 32), 0);
+        assert_eq!(verdict_with(&disks, 2, 2, 1, 3), 1);
     }
 
     #[test]

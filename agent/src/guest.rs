@@ -16,7 +16,9 @@ use crate::{
     cgroup::Cgroup,
     error::AgentError,
     images::Images,
+    pod_volumes::PodVolumes,
     process::{Process, Stdio},
+    shared::Shared,
     stage_spec::{Identity, RootSpec},
     stats::Layer,
     volumes::Volumes,
@@ -36,6 +38,8 @@ pub(crate) struct Guest {
     pub(crate) sandbox: Mutex<Sandbox>,
     pub(crate) images: Images,
     pub(crate) volumes: Volumes,
+    pub(crate) shared: Shared,
+    pub(crate) pod_volumes: PodVolumes,
     containers: Mutex<HashMap<String, Slot<Container>>>,
 }
 

@@ -33,14 +33,17 @@ pub(crate) fn load(order_file: &Path) -> Result<usize, AgentError> {
         Err(error) => return Err(error).at(|| format!("reading {}", order_file.display())),
     };
     let paths = paths(&order);
-    for path in &paths {
-        let file = fs::File::open(path).at(|| format!("opening kernel module {path}"))?;
-        match rustix::system::finit_module(&file, c"", 0) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(error) => return Err(error).at(|| format!("loading kernel module {path}")),
-        }
-    }
+    paths.iter().try_for_each(|path| load_one(Path::new(path)))?;
     Ok(paths.len())
+}
+
+/// Loads one module; fine when it is loaded already.
+pub(crate) fn load_one(path: &Path) -> Result<(), AgentError> {
+    let file = fs::File::open(path).at(|| format!("opening kernel module {}", path.display()))?;
+    match rustix::system::finit_module(&file, c"", 0) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(error) => Err(error).at(|| format!("loading kernel module {}", path.display())),
+    }
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use crate::{
     guest::Guest,
     hello,
     listen::{Connection, Listener},
-    remove, signal, start, stats, streams, terminal, update, volumes, wait,
+    remove, shared, signal, start, stats, streams, terminal, update, volumes, wait,
 };
 
 /// Most threads that wait for the kernel at a time.
@@ -52,36 +52,44 @@ pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> ExitCode {
     };
     let error = runtime.block_on(async {
         let first = arguments.next();
-        let (rpc, stream) = match listeners(first.as_deref(), arguments.next().as_deref()) {
-            Ok(both) => both,
+        let listeners = match listeners(first.as_deref(), arguments.next().as_deref()) {
+            Ok(listeners) => listeners,
             Err(error) => return error,
         };
         let kernel_nanos = first.and_then(|nanos| nanos.parse().ok()).unwrap_or(0);
         let guest = Arc::new(Guest::new(kernel_nanos, clock::boot_nanos()));
-        serve(guest, rpc, stream).await;
-        std::io::Error::other("both listeners ended")
+        serve(guest, listeners).await;
+        std::io::Error::other("all listeners ended")
     });
     complain(&format!("listening: {error}"));
     ExitCode::FAILURE
 }
 
+/// For verbs, stdio, and shared volumes.
+type Listeners = (Listener, Listener, Listener);
+
+fn vsock_listeners() -> std::io::Result<Listeners> {
+    Ok((Listener::rpc()?, Listener::streams()?, Listener::files()?))
+}
+
 #[cfg(not(feature = "component-test"))]
-fn listeners(_first: Option<&str>, _second: Option<&str>) -> std::io::Result<(Listener, Listener)> {
-    Ok((Listener::rpc()?, Listener::streams()?))
+fn listeners(_first: Option<&str>, _second: Option<&str>) -> std::io::Result<Listeners> {
+    vsock_listeners()
 }
 
 #[cfg(feature = "component-test")]
-fn listeners(first: Option<&str>, second: Option<&str>) -> std::io::Result<(Listener, Listener)> {
+fn listeners(first: Option<&str>, second: Option<&str>) -> std::io::Result<Listeners> {
     match (first, second) {
         (Some("--unix"), Some(path)) => Ok((
             Listener::unix(&format!("{path}.rpc"))?,
             Listener::unix(&format!("{path}.streams"))?,
+            Listener::unix(&format!("{path}.files"))?,
         )),
-        _ => Ok((Listener::rpc()?, Listener::streams()?)),
+        _ => vsock_listeners(),
     }
 }
 
-async fn serve(guest: Arc<Guest>, rpc: Listener, stream: Listener) {
+async fn serve(guest: Arc<Guest>, (rpc, stream, files): Listeners) {
     let service = agent_server::AgentServer::new(Service {
         guest: Arc::clone(&guest),
     })
@@ -95,11 +103,16 @@ async fn serve(guest: Arc<Guest>, rpc: Listener, stream: Listener) {
         // An error is a broken connection: the daemon knows, and comes again.
         tokio::spawn(async move { served.await.is_ok() });
     }));
+    let sharing = Arc::clone(&guest);
     let copies = stream.run(Arc::new(move |connection| {
         let guest = Arc::clone(&guest);
         tokio::spawn(async move { streams::serve(guest, connection).await.is_ok() });
     }));
-    tokio::join!(calls, copies);
+    let volumes = files.run(Arc::new(move |connection| {
+        let guest = Arc::clone(&sharing);
+        tokio::spawn(async move { shared::accept(guest, connection).await.is_ok() });
+    }));
+    tokio::join!(calls, copies, volumes);
 }
 
 /// Lets hyper start tasks on this runtime.
@@ -221,6 +234,12 @@ impl agent_server::Agent for Service {
     ) -> Answer<v1::RemoveVolumeReply> {
         self.change(move |guest| volumes::remove(guest, request.get_ref()).map(|()| v1::RemoveVolumeReply {}))
             .await
+    }
+
+    async fn mount_shared(&self, request: Request<v1::MountSharedRequest>) -> Answer<v1::MountSharedReply> {
+        let work = shared::mount_session(Arc::clone(&self.guest), request.into_inner());
+        to_the_end(work).await?;
+        Ok(Response::new(v1::MountSharedReply {}))
     }
 
     async fn create_container(

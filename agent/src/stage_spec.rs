@@ -63,6 +63,27 @@ pub(crate) struct RootSpec {
     /// A PID namespace of its own.
     #[prost(bool, tag = "8")]
     pub(crate) new_pid_namespace: bool,
+    /// Made last of all, on whatever is mounted where they are.
+    #[prost(message, repeated, tag = "20")]
+    pub(crate) disks: Vec<StageDisk>,
+}
+
+/// A device node to be made.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct StageDisk {
+    /// Absolute, in the container.
+    #[prost(string, tag = "1")]
+    pub(crate) path: String,
+    #[prost(uint32, tag = "2")]
+    pub(crate) major: u32,
+    #[prost(uint32, tag = "3")]
+    pub(crate) minor: u32,
+    #[prost(uint32, tag = "4")]
+    pub(crate) mode: u32,
+    #[prost(uint32, tag = "5")]
+    pub(crate) uid: u32,
+    #[prost(uint32, tag = "6")]
+    pub(crate) gid: u32,
 }
 
 /// One mount.
@@ -82,6 +103,9 @@ pub(crate) struct StageMount {
     /// Content of somebody else's: no set-user-id, devices or programs, and read-only.
     #[prost(bool, tag = "21")]
     pub(crate) inert: bool,
+    /// What of `source` is bound, resolved with it as the root: a container may have changed what is there.
+    #[prost(string, tag = "8")]
+    pub(crate) inside: String,
 }
 
 /// Who a process is, as numbers.

@@ -12,6 +12,7 @@ use caisson_agent_api::v1;
 use crate::{
     console::complain,
     error::AgentError,
+    flush,
     guest::Guest,
     process::{End, Process},
 };
@@ -32,6 +33,7 @@ pub(crate) async fn container(guest: Arc<Guest>, id: &str) -> Result<v1::Contain
     let container = guest.container(id)?;
     let process = container.started()?.process;
     let end = end(&process, "container", id).await?;
+    flush::container(&container).await;
     let oom_killed = end.code != 0 && container.cgroup.oom_kills() > 0;
     Ok(v1::ContainerExit {
         exit_code: end.code,

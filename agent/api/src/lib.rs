@@ -3,6 +3,7 @@
 //! Owns the messages and their framing. Must not know how either side does its work: no sockets, no processes, no CRI.
 
 pub mod capabilities;
+pub mod files;
 pub mod stream;
 
 /// Messages, client (feature `client`) and server (feature `server`) of `caisson.agent.v1`, generated from `proto/agent.proto`.
@@ -23,6 +24,9 @@ pub const RPC_PORT: u32 = 1021;
 
 /// vsock port of the stdio streams.
 pub const STREAM_PORT: u32 = 1022;
+
+/// vsock port of the connections that carry FUSE messages.
+pub const FILES_PORT: u32 = 1023;
 
 /// Largest gRPC message that either side accepts, in bytes. A volume (`PutVolume`) is the largest message there is.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;

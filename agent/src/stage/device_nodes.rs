@@ -3,12 +3,16 @@
 use std::{fs, os::fd::OwnedFd, os::unix::fs::FileTypeExt, os::unix::fs::MetadataExt};
 
 use rustix::{
-    fs::{Dev, FileType, Mode, makedev, mkdirat, mknodat, symlinkat},
+    fs::{AtFlags, Dev, FileType, Gid, Mode, Uid, chmodat, chownat, makedev, mkdirat, mknodat, symlinkat},
     io::Errno,
     process::umask,
 };
 
 use super::{At, StageError};
+use crate::{
+    rootfs::{self, Want},
+    stage_spec::StageDisk,
+};
 
 /// Name, major, minor: what every container has.
 const NODES: [(&str, u32, u32); 6] = [
@@ -60,6 +64,25 @@ fn fill(directory: &OwnedFd, all: bool) -> Result<(), StageError> {
         copy_nodes("/dev", "", directory, 0)?;
     }
     Ok(())
+}
+
+/// Makes the node of a disk at its path inside `root`.
+pub(super) fn disk(root: &OwnedFd, disk: &StageDisk) -> Result<(), StageError> {
+    let path = &disk.path;
+    let step = || format!("creating {path}");
+    let (parent, name) = path.trim_end_matches('/').rsplit_once('/').unwrap_or(("", path));
+    let parent = rootfs::ensure(root, parent, Want::Directory).at(step)?;
+    let device = makedev(disk.major, disk.minor);
+    mknodat(&parent, name, FileType::BlockDevice, Mode::empty(), device).at(step)?;
+    let (uid, gid) = (Uid::from_raw(disk.uid), Gid::from_raw(disk.gid));
+    chownat(&parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).at(step)?;
+    chmodat(
+        &parent,
+        name,
+        Mode::from_raw_mode(disk.mode & 0o777),
+        AtFlags::empty(),
+    )
+    .at(step)
 }
 
 fn node(directory: &OwnedFd, name: &str, kind: FileType, mode: u32, device: Dev) -> Result<(), StageError> {

@@ -42,6 +42,9 @@ pub(super) fn build(spec: &RootSpec) -> Result<OwnedFd, StageError> {
     for mount in &spec.mounts {
         one(&root, mount)?;
     }
+    for disk in &spec.disks {
+        device_nodes::disk(&root, disk)?;
+    }
     for path in &spec.readonly_paths {
         make_readonly(&root, path)?;
     }
@@ -96,6 +99,13 @@ fn special(
 
 fn one(root: &OwnedFd, wanted: &StageMount) -> Result<(), StageError> {
     let path = &wanted.destination;
+    if !wanted.inside.is_empty() {
+        let step = || format!("opening {} in {}", wanted.inside, wanted.source);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let volume = rustix::fs::open(&wanted.source, flags, Mode::empty()).at(step)?;
+        let inside = rootfs::open(&volume, &wanted.inside, OFlags::PATH).at(step)?;
+        return bind(root, path, &name_of(&inside).to_string_lossy(), wanted.readonly);
+    }
     if !wanted.source.is_empty() {
         bind(root, path, &wanted.source, wanted.readonly)?;
         return if wanted.inert {
