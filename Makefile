@@ -29,7 +29,7 @@ setup:
 
 # The test programs come with it: built apart, cargo would compile half of their libraries again with other features.
 build: setup
-	$(CARGO) build --release -p caissond -p caisson-vmm -p caisson-vhost-vsock -p caisson-e2e --bins
+	$(CARGO) build --release -p caissond -p caisson-vmm -p caisson-vhost-vsock -p caisson-file-server -p caisson-e2e --bins
 
 # Static, so that it is the only file a guest needs; --target keeps build scripts and macros dynamic.
 agent: setup

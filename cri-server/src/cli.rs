@@ -67,7 +67,7 @@ Configuration file (TOML; every key may be left out):
   log = \"info\"                       cgroup_driver = \"cgroupfs\"
   [guest]       kernel, initramfs, cmdline = []
   [vm]          default_memory_mib = 512, default_vcpus = 1, guest_overhead_mib = 48, host_reserve_mib = 96,
-                scratch_mib = 10240, attach_slots = 16, boot_deadline_seconds = 100, agent_deadline_seconds = 60
+                scratch_mib = 10240, attach_slots = 16, empty_dir_mib = 65536, file_server, boot_deadline_seconds = 100, agent_deadline_seconds = 60
   [hypervisor]  driver = \"auto\"|\"builtin\"|\"qemu\", vmm, accelerator = \"auto\"|\"kvm\"|\"tcg\", qemu, vsock_backend,
                  user = \"per-vm\"|\"uid:gid\"|\"root\", uid_base
   [network]     conf_dir, plugin_dirs = [], cache_dir, netns_dir, plugin_deadline_seconds = 60

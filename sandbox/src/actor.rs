@@ -298,12 +298,8 @@ impl Actor {
         self.undo = Some(end.undo);
         match end.result {
             Ok(booted) => {
-                self.live = Some(Live {
-                    vm: booted.vm.clone(),
-                    guest: booted.guest,
-                    attach_lane: Arc::default(),
-                    deadline: self.node.config.agent_deadline,
-                });
+                let live = Live::new(&self.node, &self.record, booted.vm.clone(), booted.guest);
+                self.live = Some(live);
                 self.hold(booted.vm);
                 self.apply(Event::BootDone).await;
             }

@@ -21,9 +21,11 @@ use tokio::sync::watch;
 
 use crate::{
     ContainerId, EXEC_OUTPUT_LIMIT, SandboxError, files, guest,
-    journal::blocking,
+    journal::{PodRecord, blocking},
+    registry::Node,
     spec::{ContainerSpec, ExecOutput, ExecSpec},
     view::LinuxUser,
+    volumes::Volumes,
 };
 
 /// How long the end of a container waits for its output to reach the log.
@@ -43,8 +45,21 @@ pub(crate) struct Live {
     pub(crate) guest: GuestClient,
     /// One attach at a time, so that two containers of one image share its disk.
     pub(crate) attach_lane: Arc<tokio::sync::Mutex<()>>,
+    pub(crate) volumes: Arc<Volumes>,
     /// For each call to the agent.
     pub(crate) deadline: Duration,
+}
+
+impl Live {
+    pub(crate) fn new(node: &Node, record: &PodRecord, vm: Arc<dyn Vm>, guest: GuestClient) -> Self {
+        Self {
+            vm,
+            guest,
+            attach_lane: Arc::default(),
+            volumes: Arc::new(Volumes::new(node, record)),
+            deadline: node.config.agent_deadline,
+        }
+    }
 }
 
 /// virtio serial of an image's disk: as much of its digest as fits.
@@ -69,7 +84,12 @@ pub(crate) fn volume_ids(id: &ContainerId, spec: &ContainerSpec) -> Vec<String> 
 pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Result<(), SandboxError> {
     let (live, id) = (&live, &id);
     let serial = image_serial(&spec.image.id);
-    attach(live, &serial, &spec.image.disk).await?;
+    let image = Disk {
+        serial: serial.clone(),
+        path: spec.image.disk.clone(),
+        read_only: true,
+    };
+    attach(live, image).await?;
     let mut wanted = spec.guest.clone();
     wanted.image_serial = serial;
     for (volume_id, pushed) in volume_ids(id, &spec).into_iter().zip(&spec.files) {
@@ -92,7 +112,12 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
     }
     for volume in &spec.image_volumes {
         let serial = image_serial(&volume.image_id);
-        attach(live, &serial, &volume.disk).await?;
+        let image = Disk {
+            serial: serial.clone(),
+            path: volume.disk.clone(),
+            read_only: true,
+        };
+        attach(live, image).await?;
         wanted.mounts.push(guest::Mount {
             destination: volume.container_path.clone(),
             readonly: true,
@@ -102,6 +127,10 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
             })),
         });
     }
+    wanted
+        .mounts
+        .extend(live.volumes.provide(live, &spec.volumes).await?);
+    wanted.block_devices = live.volumes.disks(live, &spec.disks).await?;
     // Parents before children, whatever the order of the request.
     wanted
         .mounts
@@ -115,7 +144,8 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
         )))
 }
 
-async fn attach(live: &Live, serial: &str, disk: &Path) -> Result<(), SandboxError> {
+/// Attaches a disk unless it is there.
+pub(crate) async fn attach(live: &Live, disk: Disk) -> Result<(), SandboxError> {
     let _lane = live.attach_lane.lock().await;
     if live
         .vm
@@ -123,16 +153,11 @@ async fn attach(live: &Live, serial: &str, disk: &Path) -> Result<(), SandboxErr
         .slots
         .iter()
         .flatten()
-        .any(|taken| taken == serial)
+        .any(|taken| *taken == disk.serial)
     {
         return Ok(());
     }
-    let what = format!("attach image {}", disk.display());
-    let disk = Disk {
-        serial: serial.to_owned(),
-        path: disk.to_owned(),
-        read_only: true,
-    };
+    let what = format!("attach disk {}", disk.path.display());
     live.vm.attach(disk).await.map_err(SandboxError::hypervisor(what))
 }
 

@@ -296,8 +296,8 @@ impl Actor {
 
     async fn made(&mut self, id: &ContainerId, result: Result<(), SandboxError>) {
         let result = match result {
-            // The image's disk may be a new one: the slot it took is remembered before anybody relies on it.
-            Ok(()) => self.remember_disks().await,
+            // Disks and the file server may be new: they are remembered before anybody relies on them.
+            Ok(()) => self.remember_attached().await,
             Err(error) => Err(error),
         };
         let result = match result {
@@ -337,11 +337,12 @@ impl Actor {
         }
     }
 
-    async fn remember_disks(&mut self) -> Result<(), SandboxError> {
+    async fn remember_attached(&mut self) -> Result<(), SandboxError> {
         let Some(live) = &self.live else { return Ok(()) };
-        let now = live.vm.record();
-        if self.record.vm.as_ref() != Some(&now) {
-            self.record.vm = Some(now);
+        let (now, file_server) = (Some(live.vm.record()), live.volumes.file_server());
+        if self.record.vm != now || self.record.file_server != file_server {
+            self.record.vm = now;
+            self.record.file_server = file_server;
             self.node.journal.write_pod(&self.record).await?;
         }
         Ok(())

@@ -135,6 +135,17 @@ pub enum SandboxError {
         #[source]
         source: Box<NetError>,
     },
+    /// A volume cannot be had.
+    #[error("cannot mount host path {} at {container_path}", host_path.display())]
+    Volume {
+        /// As it was asked for.
+        host_path: PathBuf,
+        /// Where in the container.
+        container_path: String,
+        /// The cause.
+        #[source]
+        source: Box<SandboxError>,
+    },
     /// The VM ended when it should not have.
     #[error("the VM of pod sandbox {id} ended: {reason}")]
     VmDied {
@@ -228,7 +239,7 @@ impl SandboxError {
             Self::Size { .. } | Self::Busy(_) | Self::Lagged { .. } | Self::TooManyListeners(_) => {
                 ErrorKind::Exhausted
             }
-            Self::Boot { source, .. } => source.kind(),
+            Self::Boot { source, .. } | Self::Volume { source, .. } => source.kind(),
             Self::Shared(source) => source.kind(),
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::Guest { source, .. } => guest_kind(source),

@@ -19,7 +19,7 @@ use caisson_agent_api::{
 use crate::SandboxError;
 
 /// Most entries in one volume.
-pub(crate) const MAX_ENTRIES: usize = 4096;
+pub(crate) const MAX_ENTRIES: usize = 16 << 10;
 
 /// Deepest directory that is looked into.
 const MAX_DEPTH: usize = 32;

@@ -23,7 +23,9 @@ use caisson_lifecycle::{exit::Exit, sizing::VmSize};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest, Sha256};
 
-use crate::{ContainerId, SandboxError, SandboxId, spec, view::LinuxUser};
+use crate::{
+    ContainerId, SandboxError, SandboxId, spec, view::LinuxUser, volumes::file_server::FileServerRecord,
+};
 
 /// Version of both records; a file of another version is kept and listed, not read.
 const VERSION: u32 = 1;
@@ -44,6 +46,9 @@ pub(crate) struct PodRecord {
     /// What its VM was booted with; `None` before that.
     #[serde(default)]
     pub(crate) size: Option<VmSize>,
+    /// The process that serves its shared volumes, when there is one.
+    #[serde(default)]
+    pub(crate) file_server: Option<FileServerRecord>,
     /// For verbose status; see [`crate::view::SandboxView::info`].
     pub(crate) info: serde_json::Value,
 }
@@ -432,6 +437,8 @@ mod tests {
                     ..Default::default()
                 },
                 files: vec![],
+                volumes: vec![],
+                disks: vec![],
                 termination_file: None,
                 log_path: None,
                 stop_signal: 15,

@@ -27,6 +27,7 @@ mod undo;
 mod update;
 pub mod usage;
 pub mod view;
+pub(crate) mod volumes;
 
 use std::{
     path::PathBuf,
@@ -83,7 +84,11 @@ pub struct SandboxesConfig {
     pub host_reserve_mib: u64,
     /// Size of each pod's writable disk (sparse), bytes.
     pub scratch_bytes: u64,
-    /// How many images may be attached to one VM.
+    /// The helper that serves shared volumes.
+    pub file_server: PathBuf,
+    /// Size of the disk that an emptyDir gets (sparse), bytes.
+    pub empty_dir_bytes: u64,
+    /// How many images and other disks may be attached to one VM.
     pub attach_slots: u32,
     /// From RunPodSandbox to an answering agent, at most.
     pub boot_deadline: Duration,
@@ -139,6 +144,7 @@ impl Sandboxes {
             listeners: events::Listeners::default(),
             host_cpus,
             template_lane: tokio::sync::Mutex::default(),
+            watcher: Arc::default(),
             closing: watch::Sender::new(false),
         });
         let inner = Inner {
@@ -446,6 +452,7 @@ impl Inner {
             ips: Vec::new(),
             cgroup: None,
             size: None,
+            file_server: None,
             info: serde_json::Value::Null,
         };
         let (actor, inbox, handle) = Actor::new(self.node.clone(), Arc::downgrade(&self.registry), record);

@@ -97,12 +97,7 @@ impl Actor {
     pub(crate) async fn reached(&mut self, reached: Reached) {
         let Some(vm) = self.unheard_vm() else { return };
         let (guest, known) = reached.into_parts();
-        let live = Live {
-            vm,
-            guest,
-            attach_lane: Arc::default(),
-            deadline: self.node.config.agent_deadline,
-        };
+        let live = Live::new(&self.node, &self.record, vm, guest);
         self.join(&known).await;
         let strangers = self.strangers(&known);
         self.live = Some(live.clone());
@@ -111,7 +106,9 @@ impl Actor {
         for id in self.containers.keys().cloned().collect::<Vec<_>>() {
             self.take_up(&live, &id);
         }
+        let volumes = recovery::volumes_of(self.containers.values());
         self.spawn_work(async move {
+            live.volumes.resume(&live.guest, &volumes).await;
             end_commands(&live, &known).await;
             for id in strangers {
                 discard(&live, &id, &[]).await;

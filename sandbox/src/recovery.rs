@@ -176,13 +176,10 @@ async fn ready(node: &Arc<Node>, record: &PodRecord, containers: Vec<ContainerRe
             };
         }
     };
-    let live = Live {
-        vm: vm.clone(),
-        guest,
-        attach_lane: Arc::default(),
-        deadline: node.config.agent_deadline,
-    };
+    let live = Live::new(node, record, vm.clone(), guest);
     let containers = reconcile(node, record, &live, containers, &known).await;
+    let volumes = volumes_of(containers.values());
+    live.volumes.resume(&live.guest, &volumes).await;
     Remains {
         state: State::Ready,
         why: None,
@@ -192,6 +189,14 @@ async fn ready(node: &Arc<Node>, record: &PodRecord, containers: Vec<ContainerRe
         containers,
         kept_images: KeptImages::default(),
     }
+}
+
+/// What the containers that have not ended have mounted.
+pub(crate) fn volumes_of<'a>(containers: impl Iterator<Item = &'a Entry>) -> Vec<spec::HostVolume> {
+    containers
+        .filter(|entry| !matches!(entry.state, life::State::Exited(_)))
+        .flat_map(|entry| entry.record.spec.volumes.iter().cloned())
+        .collect()
 }
 
 /// Joins what is recorded with what the guest has.
@@ -355,6 +360,7 @@ fn unreadable_pod(id: SandboxId, error: &SandboxError, kept_images: KeptImages) 
         ips: Vec::new(),
         cgroup: None,
         size: None,
+        file_server: None,
         info: serde_json::Value::Null,
     };
     let remains = Remains {

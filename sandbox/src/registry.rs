@@ -22,6 +22,7 @@ use crate::{
     limits::{LimitChange, PodLimitChange},
     spec::{ContainerSpec, ExecOutput, ExecSpec, PodIdentity},
     view::{ContainerView, SandboxState, SandboxView},
+    volumes::watch::Watcher,
 };
 
 /// What every pod needs of its node.
@@ -35,6 +36,8 @@ pub(crate) struct Node {
     pub(crate) host_cpus: u32,
     /// So that the first pods don't all make the same template.
     pub(crate) template_lane: tokio::sync::Mutex<()>,
+    /// For volumes that kubelet changes.
+    pub(crate) watcher: Arc<Watcher>,
     /// True once the daemon stops serving.
     pub(crate) closing: watch::Sender<bool>,
 }

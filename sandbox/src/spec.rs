@@ -104,6 +104,12 @@ pub struct ContainerSpec {
     pub guest: guest::ContainerSpec,
     /// Host files that are copied into the guest at creation.
     pub files: Vec<PushedFiles>,
+    /// What else is mounted from the host.
+    #[serde(default)]
+    pub volumes: Vec<HostVolume>,
+    /// Block devices of the host.
+    #[serde(default)]
+    pub disks: Vec<HostDisk>,
     /// Host file that receives the termination message before the container is seen to be exited.
     pub termination_file: Option<PathBuf>,
     /// Log file relative to the pod's log directory; `None`: output is drained and dropped.
@@ -134,6 +140,8 @@ impl ContainerSpec {
             },
             guest: guest::ContainerSpec::default(),
             files: Vec::new(),
+            volumes: Vec::new(),
+            disks: Vec::new(),
             termination_file: None,
             log_path: None,
             stop_signal: 15,
@@ -158,13 +166,16 @@ impl ContainerSpec {
                 reason: "it is not a plain path below the pod's log directory".into(),
             });
         }
-        let relative = self
-            .files
-            .iter()
-            .find(|file| !file.container_path.starts_with('/'));
-        if let Some(file) = relative {
+        let pushed = self.files.iter().map(|file| &file.container_path);
+        let mounted = self.volumes.iter().map(|volume| &volume.container_path);
+        let nodes = self.disks.iter().map(|disk| &disk.container_path);
+        if let Some(path) = pushed
+            .chain(mounted)
+            .chain(nodes)
+            .find(|path| !path.starts_with('/'))
+        {
             return Err(SandboxError::Invalid {
-                what: format!("container_path {:?}", file.container_path),
+                what: format!("container_path {path:?}"),
                 reason: "it is not absolute".into(),
             });
         }
@@ -194,6 +205,42 @@ pub struct PushedFiles {
     pub container_path: String,
     /// The guest's mount is read-only.
     pub readonly: bool,
+}
+
+/// A path of the host that a container has mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostVolume {
+    /// Absolute, on the host; symbolic links are followed.
+    pub host_path: PathBuf,
+    /// Absolute, in the container.
+    pub container_path: String,
+    /// Nothing can be written to what is at the path itself.
+    pub readonly: bool,
+    /// Nor to what is mounted below it.
+    pub recursive_readonly: bool,
+    /// Whether what is mounted below it on the host later appears.
+    pub propagation: Propagation,
+}
+
+/// A block device of the host that a container has as one of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostDisk {
+    /// The device node on the host; symbolic links are followed.
+    pub host_path: PathBuf,
+    /// Of the node in the container, absolute.
+    pub container_path: String,
+    /// It cannot be written to.
+    pub readonly: bool,
+}
+
+/// How later mounts of the host travel to a container; the other direction does not exist.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Propagation {
+    /// Not at all.
+    #[default]
+    Private,
+    /// They appear (rslave, Kubernetes' HostToContainer).
+    Slave,
 }
 
 /// A mount as it was asked for.

@@ -119,7 +119,14 @@ impl Undo {
                 .await
             }
             Self::Cgroup(leaf) => cgroup::remove(leaf).await,
-            Self::Vm => kill(node, id, vm).await,
+            Self::Vm => {
+                kill(node, id, vm).await?;
+                // Its file server ends with its connections; it is not waited for, but seen to be gone.
+                if record.file_server.is_some() {
+                    sweep(node, id).await?;
+                }
+                Ok(())
+            }
         }
     }
 }
@@ -134,11 +141,15 @@ async fn kill(node: &Node, id: &str, vm: Option<&Arc<dyn Vm>>) -> Result<(), San
             }
         }
     }
+    sweep(node, id).await
+}
+
+async fn sweep(node: &Node, id: &str) -> Result<(), SandboxError> {
     node.hypervisor
         .sweep(id)
         .await
         .map(|_| ())
         .map_err(SandboxError::hypervisor(format!(
-            "kill the VM of pod sandbox {id}"
+            "kill the processes of pod sandbox {id}"
         )))
 }

@@ -32,6 +32,9 @@ pub const VSOCK_BACKEND: &str = "caisson-vhost-vsock";
 /// File name of the built-in VMM, which is looked for in the same places.
 pub const VMM: &str = "caisson-vmm";
 
+/// File name of the helper that serves shared volumes, looked for in the same places.
+pub const FILE_SERVER: &str = "caisson-file-server";
+
 const LIBEXEC: &str = "/usr/libexec/caisson";
 
 /// Everything that is configured, validated.
@@ -90,6 +93,10 @@ pub struct VmSize {
     pub scratch_mib: u64,
     /// Images that one VM can have attached.
     pub attach_slots: u32,
+    /// The helper that serves shared volumes.
+    pub file_server: PathBuf,
+    /// Size of the disk that an emptyDir gets, MiB.
+    pub empty_dir_mib: u64,
     /// From RunPodSandbox to an answering agent.
     pub boot_deadline: Duration,
     /// For each call to the agent.
@@ -265,6 +272,8 @@ impl Config {
             guest_overhead_mib: self.vm.guest_overhead_mib,
             host_reserve_mib: self.vm.host_reserve_mib,
             scratch_bytes: self.vm.scratch_mib << 20,
+            file_server: self.vm.file_server.clone(),
+            empty_dir_bytes: self.vm.empty_dir_mib << 20,
             attach_slots: self.vm.attach_slots,
             boot_deadline: self.vm.boot_deadline,
             agent_deadline: self.vm.agent_deadline,
@@ -292,6 +301,8 @@ impl Config {
             "hostReserveMiB": self.vm.host_reserve_mib,
             "scratchMiB": self.vm.scratch_mib,
             "attachSlots": self.vm.attach_slots,
+            "emptyDirMiB": self.vm.empty_dir_mib,
+            "fileServer": self.vm.file_server,
             "cgroupDriver": "cgroupfs",
             "cniConfDir": self.network.conf_dir,
             "cniPluginDirs": self.network.plugin_dirs,
@@ -358,6 +369,10 @@ fn vm(top: &mut Section) -> VmSize {
         host_reserve_mib: vm.number("host_reserve_mib", 96, 0..=1 << 16),
         scratch_mib: vm.number("scratch_mib", 10 << 10, 16..=1 << 30),
         attach_slots: vm.number("attach_slots", 16, 1..=30),
+        empty_dir_mib: vm.number("empty_dir_mib", 64 << 10, 16..=1 << 30),
+        file_server: vm
+            .optional_absolute("file_server")
+            .unwrap_or_else(|| beside_the_daemon(FILE_SERVER)),
         boot_deadline: vm.seconds("boot_deadline_seconds", 100, 1..=3600),
         agent_deadline: vm.seconds("agent_deadline_seconds", 60, 1..=3600),
     })

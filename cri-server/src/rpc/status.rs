@@ -58,12 +58,12 @@ fn guest_files(kernel: &Path, initramfs: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Neither feature: user namespaces are not there yet, and neither are the mounts that could have mounts below them.
+/// User namespaces are not there yet.
 fn handler(name: &str) -> v1::RuntimeHandler {
     v1::RuntimeHandler {
         name: name.into(),
         features: Some(v1::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: false,
+            recursive_read_only_mounts: true,
             user_namespaces: false,
         }),
     }

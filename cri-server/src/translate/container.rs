@@ -10,7 +10,7 @@ use caisson_sandbox::{
 };
 
 use super::{
-    MountImages, Refusals, image_mounts, mounts, namespaces, pod, process, resources, security, signals,
+    MountImages, Refusals, disks, image_mounts, mounts, namespaces, pod, process, resources, security, signals,
 };
 
 /// The container that a request asks for, in `pod`, from `image`, with `mounted` for its image volumes. Looks at the host paths of mounts, so it may block.
@@ -38,6 +38,7 @@ pub fn container_spec(
         image_mounts::image_volumes(&config.mounts, mounted, &mut refusals)
             .into_iter()
             .unzip();
+    let disks = disks::disks(&config.devices, &mut refusals);
     let process = process::process(
         &config,
         &context,
@@ -62,6 +63,8 @@ pub fn container_spec(
         image: container_image(config.image.as_ref(), image),
         guest,
         files: mounts.files,
+        volumes: mounts.volumes,
+        disks,
         termination_file: mounts.termination.map(|(host, _)| host),
         log_path: log_path(&config.log_path, &mut refusals),
         stop_signal: stop_signal(config.stop_signal, &image.config, &mut refusals),
@@ -75,12 +78,6 @@ pub fn container_spec(
 
 /// Refuses whole fields that nothing here can honour yet.
 fn not_supported(config: &v1::ContainerConfig, refusals: &mut Refusals) {
-    for index in 0..config.devices.len() {
-        refusals.add(
-            format!("config.devices[{index}]"),
-            "devices of the host are not supported yet",
-        );
-    }
     for index in 0..config.cdi_devices.len() {
         refusals.add(
             format!("config.CDI_devices[{index}]"),
@@ -186,6 +183,7 @@ fn guest_spec(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         hostname: String::new(),
+        block_devices: Vec::new(),
     }
 }
 

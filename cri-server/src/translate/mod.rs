@@ -6,6 +6,7 @@
 mod capabilities;
 mod container;
 mod credentials;
+mod disks;
 mod image_mounts;
 mod mounts;
 mod namespaces;

@@ -1,4 +1,6 @@
-//! Mounts: host files and small read-only directories are copied into the guest; the termination file comes back; the rest is refused.
+//! Mounts: the files that kubelet writes for every pod are copied, the termination file comes back, and the rest is a volume of the host's.
+//!
+//! Looks at host paths so far as it takes to tell these apart. How a volume gets into the guest is decided in `caisson-sandbox`.
 
 use std::{
     fs::FileType,
@@ -6,7 +8,7 @@ use std::{
 };
 
 use caisson_cri_api::v1;
-use caisson_sandbox::spec::{MountRecord, PushedFiles};
+use caisson_sandbox::spec::{HostVolume, MountRecord, Propagation, PushedFiles};
 
 use super::Refusals;
 
@@ -21,6 +23,8 @@ const WRITABLE_COPIES: [&str; 3] = ["/etc/hosts", "/etc/resolv.conf", "/etc/host
 pub(super) struct Mounts {
     /// Copied into the guest.
     pub(super) files: Vec<PushedFiles>,
+    /// Everything else.
+    pub(super) volumes: Vec<HostVolume>,
     /// Host file and path in the container of the termination message.
     pub(super) termination: Option<(PathBuf, String)>,
     /// For the container's status.
@@ -43,6 +47,9 @@ pub(super) fn mounts(
         if !possible(mount, &field, refusals) {
             continue;
         }
+        let Some(propagation) = propagation(mount, &field, refusals) else {
+            continue;
+        };
         mounts.records.push(MountRecord {
             host_path: mount.host_path.clone(),
             container_path: mount.container_path.clone(),
@@ -61,13 +68,19 @@ pub(super) fn mounts(
         };
         if kind.is_file() && termination_path.is_some_and(|path| same(path, &mount.container_path)) {
             mounts.termination = Some((path, mount.container_path.clone()));
-        } else if let Err(reason) = copyable(kind, mount) {
-            refusals.add(field, reason);
-        } else {
+        } else if kind.is_file() && is_kept_by_nobody(&mount.container_path) {
             mounts.files.push(PushedFiles {
                 host_path: path,
                 container_path: mount.container_path.clone(),
                 readonly: mount.readonly,
+            });
+        } else {
+            mounts.volumes.push(HostVolume {
+                host_path: mount.host_path.clone().into(),
+                container_path: mount.container_path.clone(),
+                readonly: mount.readonly,
+                recursive_readonly: mount.recursive_read_only,
+                propagation,
             });
         }
     }
@@ -93,14 +106,6 @@ fn possible(mount: &v1::Mount, field: &str, refusals: &mut Refusals) -> bool {
         &format!("{field}.container_path"),
         "is not an absolute path without \"..\"",
     );
-    if mount.propagation != v1::MountPropagation::PropagationPrivate as i32 {
-        let mode = v1::MountPropagation::try_from(mount.propagation)
-            .map_or("unknown mode", |mode| mode.as_str_name());
-        refusals.add(
-            format!("{field}.propagation"),
-            format!("{mode} is not possible: the container's mounts are in a VM"),
-        );
-    }
     for (name, mappings) in [
         ("uid_mappings", &mount.uid_mappings),
         ("gid_mappings", &mount.gid_mappings),
@@ -116,7 +121,29 @@ fn possible(mount: &v1::Mount, field: &str, refusals: &mut Refusals) -> bool {
         &format!("{field}.recursive_read_only"),
         "needs readonly",
     );
+    refusals.add_if(
+        mount.recursive_read_only && mount.propagation != v1::MountPropagation::PropagationPrivate as i32,
+        &format!("{field}.recursive_read_only"),
+        "needs private propagation",
+    );
     refusals.list().len() == before
+}
+
+/// How later mounts travel; `None` for what a VM cannot do.
+fn propagation(mount: &v1::Mount, field: &str, refusals: &mut Refusals) -> Option<Propagation> {
+    let mode = v1::MountPropagation::try_from(mount.propagation);
+    match mode {
+        Ok(v1::MountPropagation::PropagationPrivate) => Some(Propagation::Private),
+        Ok(v1::MountPropagation::PropagationHostToContainer) => Some(Propagation::Slave),
+        Ok(v1::MountPropagation::PropagationBidirectional) | Err(_) => {
+            let mode = mode.map_or("unknown mode", |mode| mode.as_str_name());
+            refusals.add(
+                format!("{field}.propagation"),
+                format!("{mode} is not possible: the container's mounts are in a VM"),
+            );
+            None
+        }
+    }
 }
 
 /// The path without symbolic links, and what is there.
@@ -126,25 +153,9 @@ fn look(path: &Path) -> std::io::Result<(PathBuf, FileType)> {
     Ok((path, kind))
 }
 
-/// Whether a copy in the guest is as good as the mount.
-fn copyable(kind: FileType, mount: &v1::Mount) -> Result<(), String> {
-    if !kind.is_file() && !kind.is_dir() {
-        return Err(format!(
-            "{:?} is neither a file nor a directory; sockets and devices of the host are not supported yet",
-            mount.host_path
-        ));
-    }
-    let kept_by_nobody = WRITABLE_COPIES
-        .iter()
-        .any(|path| same(path, &mount.container_path));
-    if mount.readonly || (kind.is_file() && kept_by_nobody) {
-        Ok(())
-    } else {
-        Err(format!(
-            "read-write volumes are not supported yet (host path {:?} at {:?})",
-            mount.host_path, mount.container_path
-        ))
-    }
+/// A file that kubelet writes for every pod, and mounts writable though nobody reads it back: a copy is as good.
+fn is_kept_by_nobody(container_path: &str) -> bool {
+    WRITABLE_COPIES.iter().any(|path| same(path, container_path))
 }
 
 /// Whether two absolute paths are the same but for doubled or trailing slashes.
@@ -171,6 +182,7 @@ mod tests {
         let root = dir.path().canonicalize().unwrap();
         let token = root.join("token");
         std::fs::create_dir(&token).unwrap();
+        std::os::unix::fs::symlink("..1", token.join("..data")).unwrap();
         for name in ["hosts", "log"] {
             std::fs::write(root.join(name), "x").unwrap();
         }
@@ -182,8 +194,8 @@ mod tests {
         let mut refusals = Refusals::default();
         let got = mounts(&list, Some(&"/dev/termination-log".to_owned()), &mut refusals);
         refusals.settle(()).unwrap();
-        assert_eq!(got.files.len(), 2);
-        assert!(!got.files[1].readonly);
+        assert_eq!((got.files.len(), got.volumes.len()), (1, 1));
+        assert!(!got.files[0].readonly);
         assert_eq!(
             got.termination,
             Some((root.join("log"), "/dev/termination-log".into()))
@@ -199,7 +211,36 @@ mod tests {
         std::os::unix::fs::symlink("real", root.join("link")).unwrap();
         let mut refusals = Refusals::default();
         let got = mounts(&[mount(&root.join("link"), "/f", true)], None, &mut refusals);
+        assert_eq!(got.volumes[0].host_path, root.join("link"));
+        let got = mounts(
+            &[mount(&root.join("link"), "/etc/hosts", false)],
+            None,
+            &mut refusals,
+        );
         assert_eq!(got.files[0].host_path, root.join("real"));
+    }
+
+    #[test]
+    fn what_nobody_keeps_up_to_date_is_a_volume_of_the_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        let mut slave = mount(dir.path(), "/slave", true);
+        slave.propagation = v1::MountPropagation::PropagationHostToContainer.into();
+        let list = [mount(dir.path(), "/data", false), mount(&file, "/f", true), slave];
+        let mut refusals = Refusals::default();
+        let got = mounts(&list, None, &mut refusals);
+        refusals.settle(()).unwrap();
+        assert!(got.files.is_empty());
+        let modes: Vec<_> = got.volumes.iter().map(|v| (v.readonly, v.propagation)).collect();
+        assert_eq!(
+            modes,
+            [
+                (false, Propagation::Private),
+                (true, Propagation::Private),
+                (true, Propagation::Slave)
+            ]
+        );
     }
 
     #[test]
@@ -207,19 +248,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "x").unwrap();
-        let socket = dir.path().join("socket");
-        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let plain = mount(&file, "/f", true);
         let cases = [
-            (
-                mount(dir.path(), "/data", false),
-                "config.mounts[0]: read-write volumes are not supported yet",
-            ),
-            (
-                mount(&file, "/f", false),
-                "config.mounts[0]: read-write volumes are not supported yet",
-            ),
-            (mount(&socket, "/s", true), "neither a file nor a directory"),
             (
                 mount(&dir.path().join("gone"), "/g", true),
                 "config.mounts[0].host_path: cannot use",

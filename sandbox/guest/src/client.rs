@@ -1,9 +1,12 @@
 //! The agent's verbs, each with a deadline.
 
-use std::{future::Future, path::Path, time::Duration};
+use std::{future::Future, os::fd::OwnedFd, path::Path, time::Duration};
 
-use caisson_agent_api::{PROTOCOL, RPC_PORT, stream, v1, v1::agent_client::AgentClient};
-use tokio::time::{Instant, timeout};
+use caisson_agent_api::{FILES_PORT, PROTOCOL, RPC_PORT, files, stream, v1, v1::agent_client::AgentClient};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::{Instant, timeout},
+};
 use tonic::{Response, Status, transport::Channel};
 
 use crate::{
@@ -92,6 +95,49 @@ impl GuestClient {
             volume_id: volume_id.to_owned(),
         };
         bounded("RemoveVolume", deadline, agent.remove_volume(request)).await?;
+        Ok(())
+    }
+
+    /// Makes a connection for FUSE messages of this session. Blocking reads and writes, for another process to inherit.
+    pub async fn connect_files(&self, session: u64, deadline: Duration) -> Result<OwnedFd, GuestError> {
+        const CONNECT: &str = "connection of shared volumes";
+        let start = Instant::now();
+        let mut stream = self
+            .route
+            .dial(FILES_PORT, deadline)
+            .await
+            .map_err(|reached| self.route.unreachable(reached, start))?;
+        let mut answer = [0];
+        let greeted = timeout(deadline.saturating_sub(start.elapsed()), async {
+            stream.write_all(&session.to_le_bytes()).await?;
+            stream.read_exact(&mut answer).await
+        });
+        match greeted.await {
+            Ok(Ok(_)) if answer == [files::TAKEN] => {}
+            Ok(_) => return Err(GuestError::Protocol(CONNECT)),
+            Err(_) => {
+                return Err(GuestError::Deadline {
+                    verb: CONNECT,
+                    limit: deadline,
+                });
+            }
+        }
+        let stream = stream
+            .into_std()
+            .and_then(|stream| stream.set_nonblocking(false).map(|()| stream));
+        stream.map(Into::into).map_err(|_| GuestError::Protocol(CONNECT))
+    }
+
+    /// Mounts what is served over the session's connections.
+    pub async fn mount_shared(
+        &self,
+        session: u64,
+        connections: u32,
+        deadline: Duration,
+    ) -> Result<(), GuestError> {
+        let mut agent = self.agent.clone();
+        let request = v1::MountSharedRequest { session, connections };
+        bounded("MountShared", deadline, agent.mount_shared(request)).await?;
         Ok(())
     }
 

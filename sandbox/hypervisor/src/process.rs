@@ -32,6 +32,8 @@ pub enum ProcessRole {
     Vmm,
     /// Serves the vsock device from outside the VMM.
     Vsock,
+    /// Serves the pod's shared volumes.
+    FileServer,
 }
 
 /// A process that can be found again: the pid alone may have been reused, pid and start time together cannot.

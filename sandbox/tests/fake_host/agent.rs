@@ -234,6 +234,13 @@ impl agent_server::Agent for Verbs {
             .insert(request.volume_id, request.entries);
         Ok(Response::new(v1::PutVolumeReply {}))
     }
+    async fn mount_shared(
+        &self,
+        _: Request<v1::MountSharedRequest>,
+    ) -> Result<Response<v1::MountSharedReply>, Status> {
+        self.enter("MountShared").await?;
+        Ok(Response::new(v1::MountSharedReply {}))
+    }
     async fn remove_volume(
         &self,
         request: Request<v1::RemoveVolumeRequest>,

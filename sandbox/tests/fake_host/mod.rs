@@ -320,6 +320,8 @@ impl Node {
             host_reserve_mib: 64,
             scratch_bytes: 64 << 20,
             attach_slots: 2,
+            empty_dir_bytes: 16 << 20,
+            file_server: PathBuf::from("/nonexistent/caisson-file-server"),
             boot_deadline: self.boot_deadline,
             agent_deadline: self.agent_deadline,
         };
@@ -387,6 +389,8 @@ pub fn container_of(name: &str, image: &str) -> spec::ContainerSpec {
             ..Default::default()
         },
         files: Vec::new(),
+        volumes: Vec::new(),
+        disks: Vec::new(),
         termination_file: None,
         log_path: Some(format!("{name}.log").into()),
         stop_signal: 15,

@@ -4,7 +4,7 @@
 
 use std::{
     fs::File,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::FileTypeExt},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -134,8 +134,13 @@ async fn plug(
         .execute_with("add-fd", json!({"fdset-id": names.fdset}), file.as_fd())
         .await
         .map_err(|e| e.of("add-fd"))?;
+    let kind = file.metadata().map_err(|source| HypervisorError::Io {
+        what: format!("inspect disk {}", disk.path.display()),
+        source,
+    })?;
     let node = json!({
-        "driver": "file",
+        // QEMU has a driver of its own for the host's disks.
+        "driver": if kind.file_type().is_block_device() { "host_device" } else { "file" },
         "node-name": names.node,
         "filename": format!("/dev/fdset/{}", names.fdset),
         "read-only": disk.read_only,

@@ -94,6 +94,8 @@ impl QemuVm {
             match reference.role {
                 ProcessRole::Vmm => vmm = opened.filter(|process| !process.has_ended()),
                 ProcessRole::Vsock => backend = opened,
+                // Not this driver's.
+                ProcessRole::FileServer => {}
             }
         }
         let Some(vmm) = vmm else {

@@ -346,6 +346,12 @@ impl agent_server::Agent for Verbs {
             .note(&format!("PutVolume {}", request.into_inner().entries.len()));
         Ok(Response::new(v1::PutVolumeReply {}))
     }
+    async fn mount_shared(
+        &self,
+        _: Request<v1::MountSharedRequest>,
+    ) -> Result<Response<v1::MountSharedReply>, Status> {
+        unimplemented("MountShared")
+    }
     async fn remove_volume(
         &self,
         _: Request<v1::RemoveVolumeRequest>,
