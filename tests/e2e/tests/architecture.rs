@@ -39,6 +39,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("caisson-lifecycle", &[]),
     ("caisson-seccomp", &[]),
     ("caisson-guest", &["caisson-agent-api"]),
+    ("caisson-file-server", &[]),
     ("caisson-hypervisor", &[]),
     ("caisson-qemu", &["caisson-hypervisor"]),
     ("caisson-net", &[]),
@@ -121,6 +122,7 @@ fn dependencies_point_one_way() -> Result<()> {
         for room in [
             "caisson-confinement",
             "caisson-devices",
+            "caisson-file-server",
             "caisson-machine",
             "caisson-vhost-vsock",
             "caisson-vmm",
