@@ -9,7 +9,7 @@ use caisson_cri_api::v1;
 use caisson_image::Image;
 use caisson_sandbox::{
     guest,
-    spec::{ContainerSpec, PodSpec},
+    spec::{ContainerSpec, PodSpec, Propagation},
     view::{ContainerState, ContainerView, SandboxState, SandboxView},
 };
 
@@ -227,6 +227,12 @@ fn mounts(spec: &ContainerSpec) -> Vec<v1::Mount> {
             container_path: mount.container_path.clone(),
             host_path: mount.host_path.clone(),
             readonly: mount.readonly,
+            recursive_read_only: mount.recursive_readonly,
+            propagation: match mount.propagation {
+                Propagation::Private => v1::MountPropagation::PropagationPrivate,
+                Propagation::Slave => v1::MountPropagation::PropagationHostToContainer,
+            }
+            .into(),
             image: mount.image.as_ref().map(|image| v1::ImageSpec {
                 image: image.image.clone(),
                 user_specified_image: image.user_specified.clone(),

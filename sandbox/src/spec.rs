@@ -252,6 +252,12 @@ pub struct MountRecord {
     pub container_path: String,
     /// Read-only.
     pub readonly: bool,
+    /// Read-only also where something is mounted below.
+    #[serde(default)]
+    pub recursive_readonly: bool,
+    /// How later mounts travel.
+    #[serde(default)]
+    pub propagation: Propagation,
     /// What is mounted, when it is no path of the host's.
     #[serde(default)]
     pub image: Option<MountedImage>,

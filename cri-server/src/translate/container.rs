@@ -10,7 +10,8 @@ use caisson_sandbox::{
 };
 
 use super::{
-    MountImages, Refusals, disks, image_mounts, mounts, namespaces, pod, process, resources, security, signals,
+    MountImages, Refusals, disks, image_mounts, mounts, namespaces, pod, process, resources, security,
+    signals,
 };
 
 /// The container that a request asks for, in `pod`, from `image`, with `mounted` for its image volumes. Looks at the host paths of mounts, so it may block.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use caisson_cri_api::v1;
 use caisson_image::Image;
-use caisson_sandbox::spec::{ImageVolume, MountRecord, MountedImage};
+use caisson_sandbox::spec::{ImageVolume, MountRecord, MountedImage, Propagation};
 
 use super::Refusals;
 
@@ -52,6 +52,8 @@ pub(super) fn image_volumes(
             host_path: String::new(),
             container_path: mount.container_path.clone(),
             readonly: true,
+            recursive_readonly: false,
+            propagation: Propagation::Private,
             image: Some(MountedImage {
                 image: wanted.image.clone(),
                 user_specified: wanted.user_specified_image.clone(),

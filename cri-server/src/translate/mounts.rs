@@ -54,6 +54,8 @@ pub(super) fn mounts(
             host_path: mount.host_path.clone(),
             container_path: mount.container_path.clone(),
             readonly: mount.readonly,
+            recursive_readonly: mount.recursive_read_only,
+            propagation,
             image: None,
         });
         let (path, kind) = match look(Path::new(&mount.host_path)) {
