@@ -109,6 +109,12 @@ execute() {
         secure_shell -T root@127.0.0.1 "$words; exec $(printf '%q ' "$@")"
     fi
     local code=$?
+    # The connection breaks a moment before the process ends.
+    local tries=30
+    while [ $code = 255 ] && up && [ $tries -gt 0 ]; do
+        tries=$((tries - 1))
+        sleep 0.1
+    done
     if [ $code = 255 ] && ! up; then
         echo "node: it ended; its console ends with" >&2
         tail -n 30 "$state/console" "$state/qemu.log" >&2

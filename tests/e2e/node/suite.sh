@@ -34,7 +34,7 @@ if [ $# = 0 ]; then
 fi
 
 began=$SECONDS
-trap '"$here/run.sh" --stop' EXIT
+trap 'cp "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME/console" "$results/console.log"; "$here/run.sh" --stop' EXIT
 "$here/run.sh" --start || exit 1
 "$here/run.sh" ./target/release/caissond --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | tee "$results/check.log"
 passed=0 failed=0 skipped=0 broken=()
