@@ -3,7 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use rustix::{
@@ -23,34 +23,26 @@ enum Sink {
     Closed,
 }
 
-/// Why input ended.
+/// Nobody reads it any more.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Gone {
-    /// Nobody reads it any more.
-    Closed,
-    /// Another connection writes now.
-    Superseded,
-}
+pub(crate) struct Closed;
 
 /// One stdin.
 #[derive(Debug)]
 pub(crate) struct Input {
     sink: watch::Sender<Sink>,
-    /// Which connection writes; a newer one takes over.
-    writer: watch::Sender<u64>,
     /// The end of the first connection is the end of input.
     once: bool,
-    /// Serialises frames of an old and a new connection.
-    turn: Mutex<()>,
+    /// Any number of connections may write: frames are written whole, one after the other.
+    turn: tokio::sync::Mutex<()>,
 }
 
 impl Input {
     pub(crate) fn new(once: bool) -> Arc<Self> {
         Arc::new(Self {
             sink: watch::Sender::new(Sink::Pending),
-            writer: watch::Sender::new(0),
             once,
-            turn: Mutex::new(()),
+            turn: tokio::sync::Mutex::new(()),
         })
     }
 
@@ -66,46 +58,28 @@ impl Input {
         self.sink.send_replace(Sink::Terminal(terminal));
     }
 
-    /// Makes the caller the writer.
-    pub(crate) fn attach(&self) -> u64 {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = self.writer.borrow().saturating_add(1);
-        self.writer.send_replace(next);
-        next
-    }
-
-    /// Waits until another connection has taken over.
-    pub(crate) async fn superseded(&self, writer: u64) {
-        let mut newest = self.writer.subscribe();
-        if newest.wait_for(|newest| *newest != writer).await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-
     /// Whether the end of a connection is the end of input.
     pub(crate) fn once(&self) -> bool {
         self.once
     }
 
     /// Writes all of `bytes`, waiting while the process does not read.
-    pub(crate) async fn write(&self, writer: u64, mut bytes: &[u8]) -> Result<(), Gone> {
+    pub(crate) async fn write(&self, mut bytes: &[u8]) -> Result<(), Closed> {
+        let _turn = self.turn.lock().await;
         let mut sink = self.sink.subscribe();
         while !bytes.is_empty() {
             let current = sink
                 .wait_for(|sink| !matches!(sink, Sink::Pending))
                 .await
-                .map_err(|_| Gone::Closed)?
+                .map_err(|_| Closed)?
                 .clone();
             let (Sink::Pipe(fd) | Sink::Terminal(fd)) = current else {
-                return Err(Gone::Closed);
+                return Err(Closed);
             };
             let mut ready = tokio::select! {
-                ready = fd.writable() => ready.map_err(|_| Gone::Closed)?,
+                ready = fd.writable() => ready.map_err(|_| Closed)?,
                 _ = sink.changed() => continue,
             };
-            if *self.writer.borrow() != writer {
-                return Err(Gone::Superseded);
-            }
             let written = ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref().as_fd(), bytes)?));
             match written {
                 // Not writable after all.
@@ -114,7 +88,7 @@ impl Input {
                 Ok(Err(error)) if Errno::from_io_error(&error) == Some(Errno::INTR) => {}
                 Ok(Err(_)) => {
                     self.shut();
-                    return Err(Gone::Closed);
+                    return Err(Closed);
                 }
             }
         }
@@ -122,11 +96,11 @@ impl Input {
     }
 
     /// Closes a pipe; types the end-of-file character on a terminal that would understand it.
-    pub(crate) async fn end(&self, writer: u64) -> Result<(), Gone> {
+    pub(crate) async fn end(&self) -> Result<(), Closed> {
         let current = {
             let mut sink = self.sink.subscribe();
             let current = sink.wait_for(|sink| !matches!(sink, Sink::Pending)).await;
-            current.map_err(|_| Gone::Closed)?.clone()
+            current.map_err(|_| Closed)?.clone()
         };
         let Sink::Terminal(fd) = current else {
             self.shut();
@@ -135,9 +109,7 @@ impl Input {
         if let Ok(modes) = tcgetattr(fd.get_ref())
             && modes.local_modes.contains(LocalModes::ICANON)
         {
-            return self
-                .write(writer, &[modes.special_codes[SpecialCodeIndex::VEOF]])
-                .await;
+            return self.write(&[modes.special_codes[SpecialCodeIndex::VEOF]]).await;
         }
         Ok(())
     }
@@ -162,10 +134,9 @@ mod tests {
     #[tokio::test]
     async fn input_from_before_the_start_is_written_after_it() {
         let input = Input::new(false);
-        let writer = input.attach();
         let early = tokio::spawn({
             let input = Arc::clone(&input);
-            async move { input.write(writer, b"early").await }
+            async move { input.write(b"early").await }
         });
         tokio::task::yield_now().await;
         let reader = open_pipe(&input);
@@ -178,31 +149,45 @@ mod tests {
     async fn the_end_closes_the_pipe() {
         let input = Input::new(false);
         let reader = open_pipe(&input);
-        let writer = input.attach();
-        input.write(writer, b"x").await.unwrap();
-        input.end(writer).await.unwrap();
+        input.write(b"x").await.unwrap();
+        input.end().await.unwrap();
         let mut buffer = [0; 16];
         assert_eq!(rustix::io::read(&reader, &mut buffer).unwrap(), 1);
         assert_eq!(rustix::io::read(&reader, &mut buffer).unwrap(), 0);
-        assert_eq!(input.write(writer, b"y").await, Err(Gone::Closed));
+        assert_eq!(input.write(b"y").await, Err(Closed));
     }
 
     #[tokio::test]
     async fn a_process_that_does_not_read_its_input_closes_it() {
         let input = Input::new(false);
         drop(open_pipe(&input));
-        let writer = input.attach();
-        assert_eq!(input.write(writer, b"x").await, Err(Gone::Closed));
+        assert_eq!(input.write(b"x").await, Err(Closed));
     }
 
     #[tokio::test]
-    async fn an_older_connection_writes_no_more() {
+    async fn frames_of_several_writers_are_not_mixed() {
+        const FRAME: usize = 40_000;
         let input = Input::new(false);
-        let _reader = open_pipe(&input);
-        let old = input.attach();
-        let new = input.attach();
-        input.superseded(old).await;
-        assert_eq!(input.write(old, b"x").await, Err(Gone::Superseded));
-        input.write(new, b"x").await.unwrap();
+        let reader = open_pipe(&input);
+        let writers = [b'a', b'b', b'c'].map(|byte| {
+            let input = Arc::clone(&input);
+            tokio::spawn(async move { input.write(&[byte; FRAME]).await })
+        });
+        let mut got = Vec::new();
+        let read = tokio::task::spawn_blocking(move || {
+            let mut buffer = [0; 4096];
+            while got.len() < 3 * FRAME {
+                let count = rustix::io::read(&reader, &mut buffer).unwrap();
+                got.extend_from_slice(&buffer[..count]);
+            }
+            got
+        });
+        for writer in writers {
+            writer.await.unwrap().unwrap();
+        }
+        let got = read.await.unwrap();
+        for frame in got.chunks(FRAME) {
+            assert!(frame.iter().all(|byte| *byte == frame[0]));
+        }
     }
 }

@@ -18,6 +18,7 @@ mod devices;
 mod error;
 mod exec;
 mod flush;
+mod forward;
 mod guest;
 mod handoff;
 mod hello;

@@ -1,4 +1,4 @@
-//! The stdio connections: one connection, one stream of one process, framed as `caisson_agent_api::stream` says.
+//! The stream connections: one connection is one stream of one process, or a way to one port; framed as `caisson_agent_api::stream` says.
 //!
 //! Must not know how processes are started.
 
@@ -8,6 +8,7 @@ use caisson_agent_api::stream::{self, Kind, MAX_FRAME, OPEN_HEAD_BYTES, Open, Op
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::{
+    forward,
     guest::Guest,
     input::Input,
     output::{Next, Output},
@@ -23,6 +24,9 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite>(guest: Arc<Guest>, connecti
     let Some(open) = opened else {
         return refuse(&mut writer, Outcome::Malformed, 0).await;
     };
+    if open.kind == Kind::Forward {
+        return forward::serve(open.offset, reader, writer).await;
+    }
     let Some(stdio) = guest.stdio(&open.container_id, &open.exec_id) else {
         return refuse(&mut writer, Outcome::NotFound, 0).await;
     };
@@ -36,6 +40,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite>(guest: Arc<Guest>, connecti
             Some(output) => send(output, open.offset, reader, writer).await,
             None => refuse(&mut writer, Outcome::NotFound, 0).await,
         },
+        Kind::Forward => refuse(&mut writer, Outcome::Malformed, 0).await,
     }
 }
 
@@ -51,7 +56,7 @@ async fn read_open(reader: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<O
     Ok(head.with_ids(&ids).ok())
 }
 
-async fn refuse(writer: &mut (impl AsyncWrite + Unpin), outcome: Outcome, offset: u64) -> io::Result<()> {
+pub(crate) async fn refuse(writer: &mut (impl AsyncWrite + Unpin), outcome: Outcome, offset: u64) -> io::Result<()> {
     writer.write_all(&Reply { outcome, offset }.encode()).await?;
     writer.shutdown().await
 }
@@ -123,43 +128,57 @@ async fn acknowledge(output: &Output, id: u64, reader: &mut (impl AsyncRead + Un
 
 /// Input from the daemon.
 async fn receive(
-    input: &Arc<Input>,
+    input: &Input,
     mut reader: impl AsyncRead + Unpin,
     mut writer: impl AsyncWrite + Unpin,
 ) -> io::Result<()> {
-    let id = input.attach();
     let accepted = Reply {
         outcome: Outcome::Accepted,
         offset: 0,
     };
     writer.write_all(&accepted.encode()).await?;
-    let ended = tokio::select! {
-        ended = copy_input(input, id, &mut reader) => ended,
-        () = input.superseded(id) => return Ok(()),
-    };
+    let ended = copy_input(input, &mut reader).await;
     let finished = matches!(ended, Ok(true));
-    if (finished || input.once()) && input.end(id).await.is_err() {
+    if (finished || input.once()) && input.end().await.is_err() {
         // The process had closed it already.
     }
     ended.map(|_| ())
 }
 
 /// True when the daemon said that there is no more, false when the connection just ended or nobody reads.
-async fn copy_input(input: &Input, id: u64, reader: &mut (impl AsyncRead + Unpin)) -> io::Result<bool> {
-    loop {
-        let mut word = [0; 4];
-        match reader.read_exact(&mut word).await {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
-            Err(error) => return Err(error),
-        }
-        let Some(length) = stream::frame_len(word).map_err(io::Error::other)? else {
-            return Ok(true);
-        };
-        let mut frame = vec![0; length];
-        reader.read_exact(&mut frame).await?;
-        if input.write(id, &frame).await.is_err() {
-            return Ok(false);
+async fn copy_input(input: &Input, reader: &mut (impl AsyncRead + Unpin)) -> io::Result<bool> {
+    while let Some(frame) = read_frame(reader).await? {
+        match frame {
+            Frame::End => return Ok(true),
+            Frame::Bytes(bytes) => {
+                if input.write(&bytes).await.is_err() {
+                    return Ok(false);
+                }
+            }
         }
     }
+    Ok(false)
+}
+
+/// What the daemon sends on a connection that carries bytes into the guest.
+pub(crate) enum Frame {
+    Bytes(Vec<u8>),
+    /// There is no more.
+    End,
+}
+
+/// The next frame; `None` when the connection just ended.
+pub(crate) async fn read_frame(reader: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Frame>> {
+    let mut word = [0; 4];
+    match reader.read_exact(&mut word).await {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let Some(length) = stream::frame_len(word).map_err(io::Error::other)? else {
+        return Ok(Some(Frame::End));
+    };
+    let mut bytes = vec![0; length];
+    reader.read_exact(&mut bytes).await?;
+    Ok(Some(Frame::Bytes(bytes)))
 }

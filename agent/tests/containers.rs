@@ -442,6 +442,8 @@ async fn stdin_arrives_and_its_end_closes_it() {
     send_frame(&mut stdin, b"early ").await;
     agent.start_container("c").await.unwrap();
     send_frame(&mut stdin, b"and ").await;
+    let (mut output, _) = agent.open("c", "", Kind::Stdout, 0).await;
+    read_until(&mut output, "early and ").await;
     drop(stdin);
     // A connection that just ends leaves stdin open.
     let (mut stdin, _) = agent.open("c", "", Kind::Stdin, 0).await;
@@ -452,6 +454,60 @@ async fn stdin_arrives_and_its_end_closes_it() {
         "early and late"
     );
     assert_eq!(agent.wait("c").await.exit_code, 0);
+}
+
+#[tokio::test]
+async fn several_connections_may_write_to_one_stdin() {
+    let mut agent = agent!(ready);
+    let mut spec = container(&["cat"]);
+    spec.stdin = true;
+    agent.create("c", spec).await.unwrap();
+    agent.start_container("c").await.unwrap();
+    let (mut one, _) = agent.open("c", "", Kind::Stdin, 0).await;
+    let (mut other, _) = agent.open("c", "", Kind::Stdin, 0).await;
+    let (mut output, _) = agent.open("c", "", Kind::Stdout, 0).await;
+    send_frame(&mut one, b"one ").await;
+    read_until(&mut output, "one ").await;
+    send_frame(&mut other, b"other ").await;
+    read_until(&mut output, "other ").await;
+    send_frame(&mut one, b"again").await;
+    read_until(&mut output, "again").await;
+    send_frame(&mut other, b"").await;
+    assert_eq!(agent.wait("c").await.exit_code, 0);
+}
+
+#[tokio::test]
+async fn a_forwarded_connection_ends_one_direction_at_a_time() {
+    let mut agent = agent!(ready);
+    agent
+        .create("c", shell("nc -l -p 8080 -e sh -c 'cat; echo seen the end' & wait"))
+        .await
+        .unwrap();
+    agent.start_container("c").await.unwrap();
+    let (mut stream, reply) = loop {
+        let (stream, reply) = agent.open("", "", Kind::Forward, 8080).await;
+        // It listens a moment after it started.
+        if reply.outcome != Outcome::Refused {
+            break (stream, reply);
+        }
+        assert_eq!(reply.offset, u64::from(libc::ECONNREFUSED.unsigned_abs()));
+        tokio::task::yield_now().await;
+    };
+    assert_eq!(reply.outcome, Outcome::Accepted);
+    send_frame(&mut stream, b"hello ").await;
+    read_until(&mut stream, "hello ").await;
+    send_frame(&mut stream, b"").await;
+    read_until(&mut stream, "seen the end\n").await;
+    assert_eq!(frame(&mut stream).await, None);
+}
+
+#[tokio::test]
+async fn a_port_that_is_none_is_refused() {
+    let agent = agent!(ready);
+    for port in [0, 65536, u64::MAX] {
+        let (_, reply) = agent.open("", "", Kind::Forward, port).await;
+        assert_eq!(reply.outcome, Outcome::Malformed, "{port}");
+    }
 }
 
 #[tokio::test]

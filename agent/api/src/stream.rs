@@ -10,7 +10,10 @@
 //!   process blocks). At most one connection reads a stream: a newer one ends the older.
 //! - **Input** (stdin): the daemon sends data frames as above; a frame of length 0 closes the process's stdin. A connection that
 //!   ends without it leaves stdin open for the next one. The agent sends nothing after the reply; it stops reading the
-//!   connection while the process does not read.
+//!   connection while the process does not read. Any number of connections may write; a frame is written whole.
+//! - **Forward** (a TCP connection to a port on the pod's loopback address): no ids, and the port is where the offset would be. Both
+//!   send data frames as above; a frame of length 0 ends that direction, and nothing else does: a connection that ends without it
+//!   broke, and breaks the other side. A port that refuses is answered with `Refused` and the errno in place of the offset.
 //!
 //! Offsets count bytes of the stream since the process started. All integers are little-endian. Whatever comes from the guest
 //! is hostile: parsers here are total, and sizes are capped.
@@ -39,6 +42,8 @@ pub enum Kind {
     Stdout,
     /// Standard error; a process with a terminal has none.
     Stderr,
+    /// Both directions of a connection to a port of the pod.
+    Forward,
 }
 
 /// The daemon's first message on a stream connection.
@@ -50,7 +55,7 @@ pub struct Open {
     pub container_id: String,
     /// The exec session within it; empty for the container's own process.
     pub exec_id: String,
-    /// Output only: first byte wanted. Also acknowledges everything below it.
+    /// Output: first byte wanted. Also acknowledges everything below it. Forward: the port.
     pub offset: u64,
 }
 
@@ -65,6 +70,8 @@ pub enum Outcome {
     OffsetUnavailable,
     /// The open message could not be parsed.
     Malformed,
+    /// The port could not be connected to.
+    Refused,
 }
 
 /// The agent's answer to an [`Open`].
@@ -72,7 +79,8 @@ pub enum Outcome {
 pub struct Reply {
     /// Whether data follows.
     pub outcome: Outcome,
-    /// Offset of the first byte that follows (accepted), or the lowest one still there (offset unavailable).
+    /// Offset of the first byte that follows (accepted), or the lowest one still there (offset unavailable); the errno
+    /// (refused).
     pub offset: u64,
 }
 
@@ -123,6 +131,7 @@ impl OpenHead {
             0 => Kind::Stdin,
             1 => Kind::Stdout,
             2 => Kind::Stderr,
+            3 => Kind::Forward,
             other => return Err(FrameError::Code(other)),
         };
         if usize::from(container_id_len) > MAX_ID || usize::from(exec_id_len) > MAX_ID {
@@ -171,6 +180,7 @@ impl Open {
             Kind::Stdin => 0,
             Kind::Stdout => 1,
             Kind::Stderr => 2,
+            Kind::Forward => 3,
         };
         let mut out = MAGIC.to_vec();
         out.extend([kind, length(&self.container_id)?, length(&self.exec_id)?, 0]);
@@ -190,6 +200,7 @@ impl Reply {
             Outcome::NotFound => 1,
             Outcome::OffsetUnavailable => 2,
             Outcome::Malformed => 3,
+            Outcome::Refused => 4,
         };
         let mut out = [0; REPLY_BYTES];
         let (head, offset) = out.split_at_mut(8);
@@ -210,6 +221,7 @@ impl Reply {
             1 => Outcome::NotFound,
             2 => Outcome::OffsetUnavailable,
             3 => Outcome::Malformed,
+            4 => Outcome::Refused,
             other => return Err(FrameError::Code(other)),
         };
         Ok(Self {
@@ -242,7 +254,7 @@ mod tests {
 
     #[test]
     fn an_open_survives_its_encoding() {
-        for kind in [Kind::Stdin, Kind::Stdout, Kind::Stderr] {
+        for kind in [Kind::Stdin, Kind::Stdout, Kind::Stderr, Kind::Forward] {
             let open = Open {
                 kind,
                 container_id: "c".repeat(MAX_ID),
@@ -260,6 +272,7 @@ mod tests {
             Outcome::NotFound,
             Outcome::OffsetUnavailable,
             Outcome::Malformed,
+            Outcome::Refused,
         ] {
             let reply = Reply {
                 outcome,

@@ -101,7 +101,7 @@ pub(crate) fn make_image(root: &Path) {
     let applets = [
         "sh", "cat", "echo", "sleep", "id", "ls", "mount", "touch", "hostname", "env", "true", "false", "ps",
         "kill", "stty", "tty", "wc", "head", "yes", "mknod", "dd", "pwd", "ip", "date", "tr", "sort", "grep",
-        "nslookup", "stat", "mkdir", "readlink", "chroot",
+        "nslookup", "stat", "nc", "mkdir", "readlink", "chroot",
     ];
     for applet in applets {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
