@@ -66,7 +66,9 @@ async fn dial(port: u16) -> io::Result<TcpStream> {
     match connect((Ipv4Addr::LOCALHOST, port).into()).await {
         Ok(connection) => Ok(connection),
         // The first answer is the one that people look for.
-        Err(error) => connect((Ipv6Addr::LOCALHOST, port).into()).await.map_err(|_| error),
+        Err(error) => connect((Ipv6Addr::LOCALHOST, port).into())
+            .await
+            .map_err(|_| error),
     }
 }
 

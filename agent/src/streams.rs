@@ -56,7 +56,11 @@ async fn read_open(reader: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<O
     Ok(head.with_ids(&ids).ok())
 }
 
-pub(crate) async fn refuse(writer: &mut (impl AsyncWrite + Unpin), outcome: Outcome, offset: u64) -> io::Result<()> {
+pub(crate) async fn refuse(
+    writer: &mut (impl AsyncWrite + Unpin),
+    outcome: Outcome,
+    offset: u64,
+) -> io::Result<()> {
     writer.write_all(&Reply { outcome, offset }.encode()).await?;
     writer.shutdown().await
 }

@@ -480,7 +480,10 @@ async fn several_connections_may_write_to_one_stdin() {
 async fn a_forwarded_connection_ends_one_direction_at_a_time() {
     let mut agent = agent!(ready);
     agent
-        .create("c", shell("nc -l -p 8080 -e sh -c 'cat; echo seen the end' & wait"))
+        .create(
+            "c",
+            shell("nc -l -p 8080 -e sh -c 'cat; echo seen the end' & wait"),
+        )
         .await
         .unwrap();
     agent.start_container("c").await.unwrap();

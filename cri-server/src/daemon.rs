@@ -8,7 +8,11 @@ use anyhow::Context;
 use caisson_image::ImageStore;
 use caisson_net::Network;
 use caisson_sandbox::Sandboxes;
-use tokio::signal::unix::{SignalKind, signal};
+use caisson_streaming::{Endpoint, Server};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+};
 
 use crate::{
     config::Config,
@@ -18,6 +22,7 @@ use crate::{
     runtime::{Runtime, Settings, VERSION},
     server,
     socket::{self, StateLock},
+    streams::PodStreams,
 };
 
 /// Serves until SIGTERM or SIGINT. Pods outlive the daemon.
@@ -28,12 +33,16 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         StateLock::take(&config.daemon.root)?,
         StateLock::take(&config.daemon.run_dir)?,
     );
-    let runtime = open(&config).await?;
+    let (streaming, endpoint) = Server::bind(&config.streaming)
+        .await
+        .context("cannot serve exec, attach and port-forward")?;
+    let runtime = open(&config, endpoint).await?;
     let (listener, bound) = socket::bind(&config.daemon.socket)?;
     tracing::info!(
         version = VERSION,
         socket = %bound.path().display(),
         hypervisor = runtime.hypervisor.describe(),
+        streaming = runtime.streaming.base(),
         "serving"
     );
     tell_manager(notify::READY);
@@ -44,8 +53,13 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         // They would go on as long as their clients like.
         listened.end_events();
     };
+    let streams = Arc::new(PodStreams::new(sandboxes.clone()));
+    let mut sessions = JoinSet::new();
+    sessions.spawn(streaming.run(streams));
     let served = server::serve(Cri::new(runtime), listener, stop).await;
     tell_manager(notify::STOPPING);
+    // Clients of streams see their connections closed; what they ran is ended in the guests.
+    sessions.shutdown().await;
     sandboxes.close().await;
     served?;
     tracing::info!("stopped; pods go on running");
@@ -53,7 +67,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 /// Opens each room; the order is that of who needs whom.
-async fn open(config: &Config) -> anyhow::Result<Runtime> {
+async fn open(config: &Config, streaming: Endpoint) -> anyhow::Result<Runtime> {
     let hypervisor = drivers::choose(config).await?;
     let network = Network::new(config.network.clone());
     let images = ImageStore::open(config.images.clone())
@@ -72,6 +86,7 @@ async fn open(config: &Config) -> anyhow::Result<Runtime> {
         network,
         hypervisor,
         pod_cidr: Arc::new(PodCidrStore::open(&config.daemon.root)),
+        streaming,
         settings: Arc::new(settings(config)),
     };
     runtime.collect_images().await;

@@ -20,5 +20,6 @@ pub mod runtime;
 pub mod server;
 pub mod socket;
 pub mod status;
+pub mod streams;
 pub mod translate;
 pub mod usage;

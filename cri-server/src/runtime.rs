@@ -5,9 +5,13 @@ use std::{path::PathBuf, sync::Arc};
 use caisson_hypervisor::Hypervisor;
 use caisson_image::ImageStore;
 use caisson_net::Network;
-use caisson_sandbox::Sandboxes;
+use caisson_sandbox::{SandboxError, Sandboxes, view::ContainerState};
+use caisson_streaming::Endpoint;
 
-use crate::{pod_cidr::PodCidrStore, status::chain};
+use crate::{
+    pod_cidr::PodCidrStore,
+    status::{RpcError, chain},
+};
 
 /// Shared by all calls; each handler is a function of it and a request.
 #[derive(Clone)]
@@ -22,11 +26,28 @@ pub struct Runtime {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// The node's range of pod addresses, as kubelet has told it.
     pub pod_cidr: Arc<PodCidrStore>,
+    /// Where clients are sent for streams.
+    pub streaming: Endpoint,
     /// What answers are made of.
     pub settings: Arc<Settings>,
 }
 
 impl Runtime {
+    /// The whole id of a container that runs; `what` names what is to be done with it.
+    pub async fn running_container(&self, id: &str, what: &str) -> Result<String, RpcError> {
+        let view = self.sandboxes.container_status(id).await?;
+        let state = match view.state {
+            ContainerState::Running { .. } => return Ok(view.id.0),
+            ContainerState::Created => "created",
+            ContainerState::Exited { .. } => "exited",
+            ContainerState::Unknown => "unknown",
+        };
+        Err(RpcError::Sandbox(SandboxError::WrongState {
+            what: format!("{what} container {}", view.id.0),
+            state: state.into(),
+        }))
+    }
+
     /// Deletes the disks of removed images that no container uses any more. A failure is told and tried again next time.
     pub async fn collect_images(&self) {
         let in_use = self.sandboxes.images_in_use().await;

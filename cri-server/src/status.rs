@@ -11,6 +11,7 @@ use std::error::Error;
 
 use caisson_image::{ErrorKind as ImageErrorKind, ImageError};
 use caisson_sandbox::{ErrorKind, SandboxError};
+use caisson_streaming::TooManyTokens;
 use tonic::{Code, Status};
 
 use crate::translate::Refusals;
@@ -21,9 +22,6 @@ pub enum RpcError {
     /// The request is malformed, or asks for what cannot be had; names the fields.
     #[error(transparent)]
     Refused(#[from] Refusals),
-    /// The call is not served.
-    #[error("caisson does not implement {0}")]
-    Unimplemented(&'static str),
     /// The call is not served, for a reason that lasts.
     #[error("caisson does not implement {method}: {reason}")]
     NotYet {
@@ -44,6 +42,9 @@ pub enum RpcError {
     /// An image failed.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// No more streaming sessions can be promised.
+    #[error(transparent)]
+    Streaming(#[from] TooManyTokens),
     /// A host file that the answer is made of cannot be read.
     #[error("cannot {what}")]
     Io {
@@ -64,11 +65,12 @@ impl RpcError {
     pub fn code(&self) -> Code {
         match self {
             Self::Refused(_) => Code::InvalidArgument,
-            Self::Unimplemented(_) | Self::NotYet { .. } => Code::Unimplemented,
+            Self::NotYet { .. } => Code::Unimplemented,
             Self::ImageMissing(_) => Code::NotFound,
             Self::PodNotReady(_) => Code::FailedPrecondition,
             Self::Sandbox(error) => sandbox_code(error.kind()),
             Self::Image(error) => image_code(error.kind()),
+            Self::Streaming(_) => Code::ResourceExhausted,
             Self::Io { .. } | Self::TaskLost(_) => Code::Internal,
         }
     }

@@ -102,12 +102,15 @@ async fn runtime(dir: &Path) -> Runtime {
     )
     .await
     .unwrap();
+    // Nobody comes: URLs are all that these tests want.
+    let (_, streaming) = caisson_streaming::Server::bind(&config.streaming).await.unwrap();
     Runtime {
         sandboxes,
         images: ImageStore::open(config.images.clone()).await.unwrap(),
         network,
         hypervisor,
         pod_cidr: Arc::new(PodCidrStore::open(dir)),
+        streaming,
         settings: Arc::new(Settings {
             kernel: config.guest.kernel.clone(),
             initramfs: config.guest.initramfs.clone(),
@@ -362,6 +365,54 @@ async fn images_that_are_not_there_are_answered_by_their_absence() {
     );
 }
 
+#[tokio::test]
+async fn streams_of_what_is_not_there_are_refused_by_name() {
+    let served = Served::start().await;
+    let mut runtime = served.runtime();
+    let exec = v1::ExecRequest {
+        container_id: "none".into(),
+        cmd: vec!["ls".into()],
+        stdout: true,
+        ..Default::default()
+    };
+    refused(runtime.exec(exec.clone()).await, Code::NotFound, "none");
+    let wrong = v1::ExecRequest {
+        cmd: Vec::new(),
+        stderr: true,
+        tty: true,
+        ..exec
+    };
+    refused(
+        runtime.exec(wrong).await,
+        Code::InvalidArgument,
+        "cmd: is empty; stderr: a terminal has none",
+    );
+    let attach = v1::AttachRequest {
+        container_id: "none".into(),
+        stdin: true,
+        ..Default::default()
+    };
+    refused(runtime.attach(attach).await, Code::NotFound, "none");
+    let forward = v1::PortForwardRequest {
+        pod_sandbox_id: "none".into(),
+        port: vec![80],
+    };
+    refused(
+        runtime.port_forward(forward.clone()).await,
+        Code::NotFound,
+        "none",
+    );
+    let wrong = v1::PortForwardRequest {
+        port: vec![70000],
+        ..forward
+    };
+    refused(
+        runtime.port_forward(wrong).await,
+        Code::InvalidArgument,
+        "port: 70000 is no port",
+    );
+}
+
 /// Calls every method that is not served, and expects its name in the answer.
 macro_rules! unimplemented_by_name {
     ($client:expr; $($method:ident($request:ident): $name:literal),+ $(,)?) => {
@@ -378,9 +429,6 @@ async fn every_call_that_is_not_served_says_so_by_its_name() {
     let served = Served::start().await;
     let mut runtime = served.runtime();
     unimplemented_by_name!(runtime;
-        exec(ExecRequest): "Exec",
-        attach(AttachRequest): "Attach",
-        port_forward(PortForwardRequest): "PortForward",
         checkpoint_container(CheckpointContainerRequest): "CheckpointContainer",
     );
 }

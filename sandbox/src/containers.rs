@@ -15,6 +15,7 @@ use crate::{
     journal::{ContainerPhase, ContainerRecord},
     registry::{Reply, Request},
     spec::ContainerSpec,
+    streams::Reach,
     view::{ContainerState, ContainerView},
 };
 
@@ -83,8 +84,37 @@ impl Actor {
                     Work::Answered
                 });
             }
+            Request::Reach { id, reply } => answer(reply, self.reach(&id)),
+            Request::Guest { reply } => {
+                let guest = self.live.as_ref().map(|live| live.guest.clone());
+                let missing = || SandboxError::WrongState {
+                    what: format!("reach pod sandbox {}", self.record.id.0),
+                    state: self.state.as_str().into(),
+                };
+                answer(reply, guest.ok_or_else(missing));
+            }
         }
         self.publish();
+    }
+
+    /// How a running container is reached.
+    fn reach(&self, id: &ContainerId) -> Result<Reach, SandboxError> {
+        let entry = self.running(id, "open streams of")?;
+        let live = self
+            .live
+            .as_ref()
+            .ok_or_else(|| self.no_guest("open streams of", id))?;
+        let spec = &entry.record.spec.guest;
+        Ok(Reach {
+            id: id.clone(),
+            guest: live.guest.clone(),
+            log: entry.log.clone(),
+            ended: entry.ended.subscribe(),
+            stdin: spec.stdin,
+            stdin_once: spec.stdin_once,
+            terminal: spec.process.as_ref().is_some_and(|process| process.terminal),
+            deadline: live.deadline,
+        })
     }
 
     fn create(&mut self, spec: ContainerSpec, reply: Reply<ContainerId>) {

@@ -23,6 +23,7 @@ mod recovery;
 mod registry;
 mod scratch;
 pub mod spec;
+pub mod streams;
 mod undo;
 mod update;
 pub mod usage;

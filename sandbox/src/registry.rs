@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_guest::GuestClient;
 use caisson_hypervisor::Hypervisor;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -21,6 +22,7 @@ use crate::{
     journal::Journal,
     limits::{LimitChange, PodLimitChange},
     spec::{ContainerSpec, ExecOutput, ExecSpec, PodIdentity},
+    streams::Reach,
     view::{ContainerView, SandboxState, SandboxView},
     volumes::watch::Watcher,
 };
@@ -94,6 +96,15 @@ pub(crate) enum Request {
         ids: Vec<String>,
         limit: Duration,
         reply: Reply<StatsReply>,
+    },
+    /// How a running container is reached.
+    Reach {
+        id: ContainerId,
+        reply: Reply<Reach>,
+    },
+    /// How the pod's guest is reached.
+    Guest {
+        reply: Reply<GuestClient>,
     },
 }
 

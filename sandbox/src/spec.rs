@@ -296,6 +296,19 @@ pub struct ExecSpec {
     pub timeout: Option<std::time::Duration>,
 }
 
+/// Which streams a caller wants to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamSpec {
+    /// Bytes for the process.
+    pub stdin: bool,
+    /// Standard output, or everything that a terminal shows.
+    pub stdout: bool,
+    /// Standard error.
+    pub stderr: bool,
+    /// On a terminal of its own. Attaching takes what the container has.
+    pub terminal: bool,
+}
+
 /// What a command has answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecOutput {

@@ -9,6 +9,7 @@ mod reader;
 use std::{
     collections::BTreeMap,
     fmt,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -18,6 +19,7 @@ use caisson_image::ImageStoreConfig;
 use caisson_net::NetworkConfig;
 use caisson_qemu::Accelerator;
 use caisson_sandbox::SandboxesConfig;
+use caisson_streaming::{Config as StreamingConfig, TlsFiles};
 use serde_json::json;
 
 pub use files::Merged;
@@ -52,6 +54,8 @@ pub struct Config {
     pub network: NetworkConfig,
     /// The image store.
     pub images: ImageStoreConfig,
+    /// The server of exec, attach and port-forward.
+    pub streaming: StreamingConfig,
 }
 
 /// The daemon itself.
@@ -244,6 +248,7 @@ impl Config {
         let hypervisor = hypervisor(&mut top);
         let network = network(&mut top, &daemon);
         let images = images(&mut top, &daemon);
+        let streaming = streaming(&mut top);
         let problems = top.finish();
         if !problems.is_empty() {
             return Err(ConfigProblems(problems));
@@ -255,6 +260,7 @@ impl Config {
             hypervisor,
             network,
             images,
+            streaming,
         })
     }
 
@@ -308,6 +314,9 @@ impl Config {
             "cniPluginDirs": self.network.plugin_dirs,
             "insecureRegistries": self.images.insecure_registries,
             "mirrors": self.images.mirrors,
+            "streamingListen": self.streaming.listen.to_string(),
+            "streamingTls": self.streaming.tls.is_some(),
+            "streamingIdleTimeoutSeconds": self.streaming.idle_timeout.as_secs(),
         })
     }
 }
@@ -443,6 +452,31 @@ fn images(top: &mut Section, daemon: &Daemon) -> ImageStoreConfig {
     })
 }
 
+fn streaming(top: &mut Section) -> StreamingConfig {
+    top.section("streaming", |section| {
+        let listen = section.address("listen", SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        let certificate = section.optional_absolute("tls_cert_file");
+        let key = section.optional_absolute("tls_key_file");
+        let tls = match (certificate, key) {
+            (Some(certificate), Some(key)) => Some(TlsFiles { certificate, key }),
+            (None, None) => None,
+            (Some(_), None) => {
+                section.problem("tls_cert_file", "needs tls_key_file");
+                None
+            }
+            (None, Some(_)) => {
+                section.problem("tls_key_file", "needs tls_cert_file");
+                None
+            }
+        };
+        StreamingConfig {
+            listen,
+            tls,
+            idle_timeout: section.seconds("idle_timeout_seconds", 4 * 3600, 1..=7 * 24 * 3600),
+        }
+    })
+}
+
 fn mirrors(images: &mut Section) -> BTreeMap<String, Vec<String>> {
     images.text_lists("mirrors")
 }
@@ -469,6 +503,8 @@ mod tests {
         );
         assert_eq!(config.network.cache_dir, Path::new("/var/lib/caisson/cni"));
         assert_eq!(config.network.netns_dir, Path::new("/run/caisson/netns"));
+        assert_eq!(config.streaming.listen.to_string(), "127.0.0.1:0");
+        assert_eq!(config.streaming.tls, None);
         assert_eq!(
             config.network.plugin_dirs,
             [Path::new("/opt/cni/bin"), Path::new("/usr/lib/cni")]
@@ -560,6 +596,9 @@ mod tests {
             plugin_dirs = "one"
             [images.mirrors]
             "docker.io" = [1]
+            [streaming]
+            listen = "localhost"
+            tls_key_file = "/key.pem"
             "#,
             &Overrides::default(),
         )
@@ -576,6 +615,8 @@ mod tests {
             "hypervisor.user:",
             "network.plugin_dirs:",
             "images.mirrors.\"docker.io\":",
+            "streaming.listen:",
+            "streaming.tls_key_file:",
         ] {
             let told = problems
                 .iter()
@@ -583,7 +624,7 @@ mod tests {
                 .count();
             assert_eq!(told, 1, "{key} in {problems:#?}");
         }
-        assert_eq!(problems.len(), 11, "{problems:#?}");
+        assert_eq!(problems.len(), 13, "{problems:#?}");
         assert!(problems.iter().all(|problem| problem.contains("config.toml")));
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
@@ -155,6 +156,17 @@ impl Section {
             }
         }
         hosts
+    }
+
+    /// IP address and port.
+    pub(super) fn address(&mut self, key: &str, default: SocketAddr) -> SocketAddr {
+        let Some(text) = self.text(key) else {
+            return default;
+        };
+        text.parse().unwrap_or_else(|_| {
+            self.problem(key, format!("{text:?} is not an IP address and a port"));
+            default
+        })
     }
 
     pub(super) fn number<T>(&mut self, key: &str, default: T, range: RangeInclusive<u64>) -> T

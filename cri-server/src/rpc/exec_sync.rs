@@ -23,15 +23,20 @@ pub(super) async fn handle(
     })
 }
 
-/// A timeout of zero is none.
-fn exec(cmd: Vec<String>, timeout: i64) -> Result<ExecSpec, Refusals> {
-    let mut refusals = Refusals::default();
+/// A command has a name, and no argument can hold a NUL byte.
+pub(super) fn command(cmd: &[String], refusals: &mut Refusals) {
     refusals.add_if(cmd.first().is_none_or(String::is_empty), "cmd", "is empty");
     refusals.add_if(
         cmd.iter().any(|word| word.contains('\0')),
         "cmd",
         "has a NUL byte in an argument",
     );
+}
+
+/// A timeout of zero is none.
+fn exec(cmd: Vec<String>, timeout: i64) -> Result<ExecSpec, Refusals> {
+    let mut refusals = Refusals::default();
+    command(&cmd, &mut refusals);
     let seconds = u64::try_from(timeout).unwrap_or_else(|_| {
         refusals.add("timeout", format!("{timeout} is negative"));
         0

@@ -1,22 +1,21 @@
-//! Joins the handlers to the generated servers, each call under its name and span; calls that are not served say so by name.
+//! Joins the handlers to the generated servers, each call under its name and span.
 
 use caisson_cri_api::v1::{self, image_service_server::ImageService, runtime_service_server::RuntimeService};
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
-    checkpoint_container, container_stats, container_status, create_container, exec_sync,
+    attach, checkpoint_container, container_stats, container_status, create_container, exec, exec_sync,
     get_container_events, image_fs_info, image_status, list_container_stats, list_containers, list_images,
     list_metric_descriptors, list_pod_sandbox, list_pod_sandbox_metrics, list_pod_sandbox_stats,
-    pod_sandbox_stats, pod_sandbox_status, pull_image, remove_container, remove_image, remove_pod_sandbox,
-    reopen_container_log, run_pod_sandbox, runtime_config, start_container, status, stop_container,
-    stop_pod_sandbox,
+    pod_sandbox_stats, pod_sandbox_status, port_forward, pull_image, remove_container, remove_image,
+    remove_pod_sandbox, reopen_container_log, run_pod_sandbox, runtime_config, start_container, status,
+    stop_container, stop_pod_sandbox,
     stream_lists::{self, Chunks},
     update_container_resources, update_pod_sandbox_resources, update_runtime_config, version,
 };
 use crate::{
     outcome::{Effect, observe},
     runtime::Runtime,
-    status::RpcError,
     translate::Refusals,
 };
 
@@ -49,14 +48,6 @@ pub(super) fn image_name(spec: Option<&v1::ImageSpec>) -> Result<String, Refusal
         Some(spec) if !spec.image.is_empty() => Ok(spec.image.clone()),
         _ => Err(Refusals::one("image.image", "is missing")),
     }
-}
-
-/// A call that is not served.
-async fn absent<T>(method: &'static str) -> Result<Response<T>, Status> {
-    observe(method, Effect::Read, async {
-        Err(RpcError::Unimplemented(method))
-    })
-    .await
 }
 
 #[async_trait]
@@ -265,19 +256,37 @@ impl RuntimeService for Cri {
         .await
     }
 
-    async fn exec(&self, _: Request<v1::ExecRequest>) -> Result<Response<v1::ExecResponse>, Status> {
-        absent("Exec").await
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Result<Response<v1::ExecResponse>, Status> {
+        observe(
+            "Exec",
+            Effect::Change,
+            exec::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
-    async fn attach(&self, _: Request<v1::AttachRequest>) -> Result<Response<v1::AttachResponse>, Status> {
-        absent("Attach").await
+    async fn attach(
+        &self,
+        request: Request<v1::AttachRequest>,
+    ) -> Result<Response<v1::AttachResponse>, Status> {
+        observe(
+            "Attach",
+            Effect::Change,
+            attach::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn port_forward(
         &self,
-        _: Request<v1::PortForwardRequest>,
+        request: Request<v1::PortForwardRequest>,
     ) -> Result<Response<v1::PortForwardResponse>, Status> {
-        absent("PortForward").await
+        observe(
+            "PortForward",
+            Effect::Change,
+            port_forward::handle(&self.runtime, request.into_inner()),
+        )
+        .await
     }
 
     async fn container_stats(

@@ -10,7 +10,8 @@ use tokio::{
 use tonic::{Response, Status, transport::Channel};
 
 use crate::{
-    ExecResult, GuestError, OutputStream, Reached, exec,
+    ExecResult, ExecSession, GuestError, InputStream, OutputStream, PortReader, PortWriter, Reached,
+    StartedExec, exec, forward, opening,
     transport::{Backoff, HANDSHAKE, Route},
 };
 
@@ -320,6 +321,54 @@ impl GuestClient {
             offset,
         };
         OutputStream::open(&self.route, &open).await
+    }
+
+    /// Sets the size of a terminal, in characters; `exec` is empty for the container's own process.
+    pub async fn resize_terminal(
+        &self,
+        container: &str,
+        exec: &str,
+        (columns, rows): (u16, u16),
+        deadline: Duration,
+    ) -> Result<(), GuestError> {
+        let mut agent = self.agent.clone();
+        let request = v1::ResizeTerminalRequest {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            columns: columns.into(),
+            rows: rows.into(),
+        };
+        bounded("ResizeTerminal", deadline, agent.resize_terminal(request)).await?;
+        Ok(())
+    }
+
+    /// Opens a process's stdin; `exec` is empty for the container's own.
+    pub async fn input(&self, container: &str, exec: &str) -> Result<InputStream, GuestError> {
+        let open = stream::Open {
+            kind: stream::Kind::Stdin,
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            offset: 0,
+        };
+        let (stream, _) = opening::open(&self.route, &open).await?;
+        Ok(InputStream::new(stream))
+    }
+
+    /// Connects to a TCP port on the pod's loopback address.
+    pub async fn forward(&self, port: u16) -> Result<(PortReader, PortWriter), GuestError> {
+        let open = stream::Open {
+            kind: stream::Kind::Forward,
+            container_id: String::new(),
+            exec_id: String::new(),
+            offset: port.into(),
+        };
+        let (stream, _) = opening::open(&self.route, &open).await?;
+        Ok(forward::split(stream))
+    }
+
+    /// Runs one more process whose streams the caller holds; answers after its execve succeeded.
+    pub async fn exec_session(&self, request: v1::StartExecRequest) -> Result<StartedExec, GuestError> {
+        ExecSession::start(self, request).await
     }
 
     /// Runs one more process and collects what it prints, `limit` bytes of each output at most (the rest is read and dropped).

@@ -61,6 +61,9 @@ pub enum GuestError {
         /// Lowest offset that can be had.
         lowest: u64,
     },
+    /// Nothing in the pod accepts connections to this port.
+    #[error("cannot connect to the port in the pod")]
+    PortRefused(#[source] io::Error),
     /// The agent sent what the guest protocol does not allow.
     #[error("the agent broke the guest protocol in {0}")]
     Protocol(&'static str),
@@ -143,6 +146,7 @@ impl GuestError {
             Self::StreamBroken(_) | Self::Unreachable { .. } | Self::Transport { .. } => {
                 GuestErrorKind::Unreachable
             }
+            Self::PortRefused(_) => GuestErrorKind::WrongState,
             Self::OffsetUnavailable { .. } | Self::Protocol(_) | Self::Frame(_) | Self::Log { .. } => {
                 GuestErrorKind::Internal
             }

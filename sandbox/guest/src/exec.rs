@@ -11,7 +11,7 @@ use tokio::{
 use crate::{GuestClient, GuestError, GuestErrorKind, follow::Follower};
 
 /// Bound of StartExec when the command has no time-out of its own.
-const START_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// Bound of SignalExec and RemoveExec.
 const CLEANUP_LIMIT: Duration = Duration::from_secs(10);
@@ -34,15 +34,29 @@ pub struct ExecResult {
 }
 
 /// Removes the exec session however its user ends, also when its future is dropped.
-struct Session {
-    client: GuestClient,
-    container: String,
-    exec: String,
+pub(crate) struct Session {
+    pub(crate) client: GuestClient,
+    pub(crate) container: String,
+    pub(crate) exec: String,
     armed: bool,
 }
 
 impl Session {
-    async fn remove(mut self, kill: bool) {
+    pub(crate) fn new(client: &GuestClient, container: &str, exec: &str) -> Self {
+        Self {
+            client: client.clone(),
+            container: container.to_owned(),
+            exec: exec.to_owned(),
+            armed: true,
+        }
+    }
+
+    /// There is nothing to remove.
+    pub(crate) fn disarm(mut self) {
+        self.armed = false;
+    }
+
+    pub(crate) async fn remove(mut self, kill: bool) {
         cleanup(&self.client, &self.container, &self.exec, kill).await;
         self.armed = false;
     }
@@ -88,12 +102,7 @@ pub(crate) async fn run(
     limit: Option<Duration>,
     keep: usize,
 ) -> Result<ExecResult, GuestError> {
-    let session = Session {
-        client: client.clone(),
-        container: request.container_id.clone(),
-        exec: request.exec_id.clone(),
-        armed: true,
-    };
+    let session = Session::new(client, &request.container_id, &request.exec_id);
     let start = Instant::now();
     let outcome = match client
         .start_exec(request.clone(), limit.unwrap_or(START_LIMIT))
@@ -101,8 +110,7 @@ pub(crate) async fn run(
     {
         // Not ours: another session has this id.
         Err(e) if e.kind() == GuestErrorKind::AlreadyExists => {
-            let mut session = session;
-            session.armed = false;
+            session.disarm();
             return Err(e);
         }
         Err(e) => Err(e),

@@ -9,10 +9,17 @@ mod client;
 mod error;
 mod exec;
 mod follow;
+mod forward;
+mod input;
+mod opening;
 mod output;
+mod session;
 mod transport;
 
 pub use client::GuestClient;
 pub use error::{GuestError, GuestErrorKind, Reached};
 pub use exec::ExecResult;
+pub use forward::{PortReader, PortWriter};
+pub use input::InputStream;
 pub use output::OutputStream;
+pub use session::{ExecOutput, ExecSession, StartedExec};

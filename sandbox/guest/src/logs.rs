@@ -11,6 +11,7 @@ mod checkpoint;
 mod file;
 mod format;
 mod pump;
+mod taps;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -24,6 +25,9 @@ use crate::{GuestClient, GuestError, follow::Follower};
 use file::LogFile;
 use format::Tag;
 use pump::{Progress, Pump};
+use taps::Taps;
+
+pub use taps::Tap;
 
 /// Pieces of output that wait for the writer. Each holds up to 64 KiB.
 const QUEUE: usize = 4;
@@ -46,6 +50,7 @@ pub struct LogTarget {
 pub struct ContainerLog {
     reopen: mpsc::Sender<oneshot::Sender<Result<(), GuestError>>>,
     progress: watch::Receiver<Progress>,
+    taps: Taps,
     /// One source for each stream, and the pump. Dropping it ends them.
     _tasks: JoinSet<()>,
 }
@@ -66,6 +71,7 @@ impl ContainerLog {
         } else {
             &[Tag::Stdout, Tag::Stderr]
         };
+        let taps = Taps::new(streams);
         for &tag in streams {
             let kind = match tag {
                 Tag::Stdout => Kind::Stdout,
@@ -74,7 +80,7 @@ impl ContainerLog {
             let follower = Follower::new(client.clone(), &target.container_id, "", kind, offsets.of(tag));
             let (told, safe) = watch::channel(offsets.of(tag));
             acks.push((tag, told));
-            tasks.spawn(pump::read(follower, tag, pieces.clone(), safe));
+            tasks.spawn(pump::read(follower, tag, pieces.clone(), safe, taps.clone()));
         }
         drop(pieces);
 
@@ -84,6 +90,7 @@ impl ContainerLog {
         Ok(Self {
             reopen,
             progress,
+            taps,
             _tasks: tasks,
         })
     }
@@ -96,6 +103,12 @@ impl ContainerLog {
             return Ok(());
         }
         answer.await.unwrap_or(Ok(()))
+    }
+
+    /// What the container prints from now on: standard output (or all that a terminal shows), and standard error.
+    #[must_use]
+    pub fn attach(&self) -> (Tap, Tap) {
+        (self.taps.attach(Tag::Stdout), self.taps.attach(Tag::Stderr))
     }
 
     /// Waits until every byte of all streams is in the file, `limit` at most. True when complete.

@@ -1,25 +1,12 @@
 //! One connection to one output of one process, framed as `caisson_agent_api::stream` describes.
 
-use std::{io, time::Duration};
+use std::io;
 
 use bytes::BufMut;
-use caisson_agent_api::{STREAM_PORT, stream};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest},
-    net::UnixStream,
-    time::{Instant, timeout},
-};
+use caisson_agent_api::stream;
+use tokio::{io::Interest, net::UnixStream};
 
-use crate::{
-    GuestError,
-    transport::{HANDSHAKE, Route},
-};
-
-/// How long the agent may take to answer an Open.
-const OPEN_LIMIT: Duration = Duration::from_secs(10);
-
-/// The verb's name in errors.
-const VERB: &str = "OpenStream";
+use crate::{GuestError, opening, transport::Route};
 
 /// Bytes of a frame's length word.
 const WORD: usize = 4;
@@ -45,51 +32,17 @@ struct Acks {
 
 impl OutputStream {
     pub(crate) async fn open(route: &Route, open: &stream::Open) -> Result<Self, GuestError> {
-        let message = open.encode()?;
-        let start = Instant::now();
-        let mut stream = route
-            .dial(STREAM_PORT, HANDSHAKE)
-            .await
-            .map_err(|reached| route.unreachable(reached, start))?;
-        let exchange = async {
-            stream.write_all(&message).await?;
-            let mut reply = [0; stream::REPLY_BYTES];
-            stream.read_exact(&mut reply).await?;
-            Ok::<_, io::Error>(reply)
-        };
-        let reply = match timeout(OPEN_LIMIT, exchange).await {
-            Ok(Ok(reply)) => stream::Reply::decode(reply)?,
-            Ok(Err(_)) => return Err(GuestError::StreamBroken(open.offset)),
-            Err(_) => {
-                return Err(GuestError::Deadline {
-                    verb: VERB,
-                    limit: OPEN_LIMIT,
-                });
-            }
-        };
-        let refused = |code, message: &str| GuestError::Agent {
-            verb: VERB,
-            code,
-            message: message.to_owned(),
-        };
-        match reply.outcome {
-            stream::Outcome::Accepted if reply.offset == open.offset => Ok(Self {
-                stream,
-                partial: Vec::new(),
-                offset: open.offset,
-                acks: Acks::default(),
-                ended: false,
-            }),
-            stream::Outcome::Accepted => Err(GuestError::Protocol("OpenStream: accepted at another offset")),
-            stream::Outcome::NotFound => Err(refused(tonic::Code::NotFound, "no such stream")),
-            stream::Outcome::OffsetUnavailable => Err(GuestError::OffsetUnavailable {
-                wanted: open.offset,
-                lowest: reply.offset,
-            }),
-            stream::Outcome::Malformed => {
-                Err(refused(tonic::Code::InvalidArgument, "malformed open message"))
-            }
+        let (stream, offset) = opening::open(route, open).await?;
+        if offset != open.offset {
+            return Err(GuestError::Protocol("OpenStream: accepted at another offset"));
         }
+        Ok(Self {
+            stream,
+            partial: Vec::new(),
+            offset,
+            acks: Acks::default(),
+            ended: false,
+        })
     }
 
     /// The next bytes; `None` when the stream has ended (the agent said so). [`GuestError::StreamBroken`] when the connection ended

@@ -21,9 +21,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "caisson-qemu",
             "caisson-sandbox",
             "caisson-seccomp",
+            "caisson-streaming",
         ],
     ),
     ("caisson-cri-api", &[]),
+    ("caisson-streaming", &[]),
     ("caisson-image", &["caisson-erofs"]),
     ("caisson-erofs", &[]),
     (

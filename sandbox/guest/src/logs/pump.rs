@@ -5,6 +5,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, sleep_until},
@@ -19,6 +20,7 @@ use super::{
     checkpoint::Offsets,
     file::{LogFile, on_blocking_thread},
     format::{Cutter, Tag},
+    taps::Taps,
 };
 
 /// Records that are collected before they are written, in bytes.
@@ -53,6 +55,7 @@ pub(crate) async fn read(
     tag: Tag,
     pieces: mpsc::Sender<Event>,
     mut safe: watch::Receiver<u64>,
+    taps: Taps,
 ) {
     let outcome = loop {
         let next = async {
@@ -62,7 +65,14 @@ pub(crate) async fn read(
         tokio::select! {
             next = next => match next {
                 None => return,
-                Some((room, Ok(Some(piece)))) => room.send(Event::Bytes(tag, piece, SystemTime::now())),
+                Some((room, Ok(Some(piece)))) => {
+                    // The log does not wait for attached clients; what comes next does.
+                    let copy = taps.wanted(tag).then(|| Bytes::copy_from_slice(&piece.bytes));
+                    room.send(Event::Bytes(tag, piece, SystemTime::now()));
+                    if let Some(copy) = copy {
+                        taps.send(tag, copy).await;
+                    }
+                }
                 Some((_, Ok(None))) => break None,
                 Some((_, Err(error))) => break Some(error),
             },
@@ -72,6 +82,7 @@ pub(crate) async fn read(
             }
         }
     };
+    taps.end(tag);
     if pieces.send(Event::End(tag, outcome)).await.is_err() {
         return;
     }
