@@ -47,7 +47,12 @@ pub(crate) async fn serve(process: Result<Process, StreamError>, channels: Chann
                 never = sizes => never,
             }
         }
-        Err(error) => Err(error),
+        Err(error) => {
+            for output in [stdout, stderr].into_iter().flatten() {
+                output.finish().await;
+            }
+            Err(error)
+        }
     };
     if let Err(error) = &end {
         tracing::info!(%error, "streaming session failed");
