@@ -12,7 +12,7 @@ mod fake;
 use std::{sync::atomic::Ordering, time::Duration};
 
 use caisson_streaming::{
-    Config, Wish,
+    Config, TlsFiles, Wish,
     port::{Exec, Stdio},
 };
 use client::{Command, Message, PATIENCE, Said, Spdy, WebSocket, upgrade};
@@ -520,6 +520,54 @@ async fn a_forwarded_connection_that_the_client_breaks_off_ends_in_the_pod() {
     assert_eq!(served.world.alive.load(Ordering::SeqCst), 1);
     drop(spdy);
     nothing_is_left(&served).await;
+}
+
+#[tokio::test]
+async fn with_a_certificate_only_tls_is_served() {
+    use tokio::io::AsyncReadExt;
+    let dir = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let files = TlsFiles {
+        certificate: dir.path().join("cert.pem"),
+        key: dir.path().join("key.pem"),
+    };
+    std::fs::write(&files.certificate, made.cert.pem()).unwrap();
+    std::fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();
+    let config = Config {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        tls: Some(files.clone()),
+        idle_timeout: Duration::from_secs(600),
+    };
+    let served = serve(config.clone()).await;
+    let url = exec(&served, &["cat"], ALL);
+    let (address, path) = url.strip_prefix("https://").unwrap().split_once('/').unwrap();
+
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let tcp = tokio::net::TcpStream::connect(address).await.unwrap();
+    let mut tls = tokio_rustls::TlsConnector::from(std::sync::Arc::new(client))
+        .connect("127.0.0.1".try_into().unwrap(), tcp)
+        .await
+        .unwrap();
+    let request =
+        format!("POST /{path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\r\n");
+    tls.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = [0; 12];
+    tls.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 101");
+
+    // Plain HTTP gets nothing.
+    let plain = format!("http://{address}/{path}");
+    assert!(upgrade(&plain, "POST", &[("Upgrade", "SPDY/3.1")]).await.is_err());
+    // Files that are none are told at once.
+    std::fs::write(&files.key, "no key").unwrap();
+    assert!(caisson_streaming::Server::bind(&config).await.is_err());
 }
 
 #[tokio::test]
