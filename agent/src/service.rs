@@ -13,7 +13,7 @@ use caisson_agent_api::{
     MAX_MESSAGE_BYTES,
     v1::{self, agent_server},
 };
-use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use tokio::io::{AsyncRead as _, AsyncWrite as _};
 use tonic::{Request, Response, Status};
 
@@ -32,12 +32,16 @@ use crate::{
 /// Most threads that wait for the kernel at a time.
 const BLOCKING_THREADS: usize = 16;
 
+/// Descriptors that the agent may have open: a session has eight, a forwarded port two.
+const DESCRIPTORS: u64 = 1 << 16;
+
 /// Runs the agent; returns when it cannot go on.
 pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> ExitCode {
     // Under HostPID a container would see this process: it must not look into it.
     if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         complain(&format!("hiding the agent: {error}"));
     }
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -70,6 +74,22 @@ type Listeners = (Listener, Listener, Listener);
 
 fn vsock_listeners() -> std::io::Result<Listeners> {
     Ok((Listener::rpc()?, Listener::streams()?, Listener::files()?))
+}
+
+/// A hundred exec sessions need nearly the thousand that the kernel gives PID 1. Containers get limits of their own.
+fn raise_descriptor_limit() {
+    let now = getrlimit(Resource::Nofile);
+    let maximum = now.maximum.map(|maximum| maximum.max(DESCRIPTORS));
+    let wanted = |maximum: Option<u64>| Rlimit {
+        current: Some(maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS))),
+        maximum,
+    };
+    // Without the right to raise the hard limit, the soft one can still be raised to it.
+    if setrlimit(Resource::Nofile, wanted(maximum)).is_err()
+        && let Err(error) = setrlimit(Resource::Nofile, wanted(now.maximum))
+    {
+        complain(&format!("raising the limit of descriptors: {error}"));
+    }
 }
 
 #[cfg(not(feature = "component-test"))]

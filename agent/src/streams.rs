@@ -87,8 +87,11 @@ async fn send(
             match output.next(id, sent, MAX_FRAME) {
                 Next::Bytes(bytes) => {
                     let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-                    writer.write_all(&length.to_le_bytes()).await?;
-                    writer.write_all(&bytes).await?;
+                    // One write: one packet, where two would be one for the length alone.
+                    let mut frame = Vec::with_capacity(size_of::<u32>() + bytes.len());
+                    frame.extend(length.to_le_bytes());
+                    frame.extend(bytes);
+                    writer.write_all(&frame).await?;
                     sent = sent.saturating_add(u64::from(length));
                 }
                 Next::Wait => changed.changed().await.map_err(io::Error::other)?,

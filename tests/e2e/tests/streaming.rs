@@ -62,7 +62,16 @@ impl Scene {
         let endpoint = format!("unix://{}", self.node.daemon.socket().display());
         let mut program = Program::new(&self.crictl);
         program
-            .args(["-t", "60s", "-r", &endpoint, "-i", &endpoint, "--config", "/dev/null"])
+            .args([
+                "-t",
+                "60s",
+                "-r",
+                &endpoint,
+                "-i",
+                &endpoint,
+                "--config",
+                "/dev/null",
+            ])
             .args(arguments);
         program
     }
@@ -165,10 +174,7 @@ fn crictl_talks_to_commands_containers_and_ports_over_both_transports() -> Resul
             };
 
             // Output, error output and exit code.
-            let out = go(
-                exec(&[&id, "sh", "-c", "echo out; echo err >&2; exit 42"]),
-                b"",
-            )?;
+            let out = go(exec(&[&id, "sh", "-c", "echo out; echo err >&2; exit 42"]), b"")?;
             ensure!(out.stdout == b"out\n", "{transport}: {out:?}");
             let err = String::from_utf8_lossy(&out.stderr).into_owned();
             ensure!(
@@ -176,11 +182,28 @@ fn crictl_talks_to_commands_containers_and_ports_over_both_transports() -> Resul
                 "{transport}: {err:?}"
             );
             // Input to its end, binary and larger than any buffer on the way.
-            let input: Vec<u8> = (0..3_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).take(3_000_000).collect();
+            let input: Vec<u8> = (0..3_000_000u32)
+                .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
+                .take(3_000_000)
+                .collect();
             let out = go(exec(&["-i", &id, "cat"]), &input)?;
-            ensure!(out.status.success() && out.stdout == input, "{transport}: {} bytes came back", out.stdout.len());
+            ensure!(
+                out.status.success() && out.stdout == input,
+                "{transport}: {} bytes came back",
+                out.stdout.len()
+            );
             // A terminal.
-            let out = go(exec(&["-i", "-t", &id, "sh", "-c", "tty; echo $TERM; read line; echo got $line"]), b"hello\n")?;
+            let out = go(
+                exec(&[
+                    "-i",
+                    "-t",
+                    &id,
+                    "sh",
+                    "-c",
+                    "tty; echo $TERM; read line; echo got $line",
+                ]),
+                b"hello\n",
+            )?;
             let text = stdout(&out)?;
             ensure!(
                 text.contains("/dev/pts/") && text.contains("xterm") && text.contains("got hello"),
@@ -196,7 +219,16 @@ fn crictl_talks_to_commands_containers_and_ports_over_both_transports() -> Resul
             // A client that vanishes takes its command along.
             let mut sleeping = Running(
                 scene
-                    .crictl(&["exec", "-r", transport, "-i", &id, "sh", "-c", "echo up; exec sleep 54321"])
+                    .crictl(&[
+                        "exec",
+                        "-r",
+                        transport,
+                        "-i",
+                        &id,
+                        "sh",
+                        "-c",
+                        "echo up; exec sleep 54321",
+                    ])
                     .stdin(Stdio::piped())
                     .stdout(Stdio::piped())
                     .spawn()?,
@@ -213,7 +245,11 @@ fn crictl_talks_to_commands_containers_and_ports_over_both_transports() -> Resul
                 ..container(
                     &format!("reader-{transport}"),
                     &scene.node.image,
-                    &["sh", "-c", "echo early; while read line; do echo got $line; echo err $line >&2; done; echo end"],
+                    &[
+                        "sh",
+                        "-c",
+                        "echo early; while read line; do echo got $line; echo err $line >&2; done; echo end",
+                    ],
                 )
             };
             let reader = scene.cri.run(&scene.pod_id, &config, &scene.pod).await?;
@@ -243,7 +279,13 @@ fn crictl_talks_to_commands_containers_and_ports_over_both_transports() -> Resul
                 let server = scene.cri.run(&scene.pod_id, &config, &scene.pod).await?;
                 let mut forward = Running(
                     scene
-                        .crictl(&["port-forward", "-r", transport, &scene.pod_id, &format!("0:{number}")])
+                        .crictl(&[
+                            "port-forward",
+                            "-r",
+                            transport,
+                            &scene.pod_id,
+                            &format!("0:{number}"),
+                        ])
                         .stdout(Stdio::piped())
                         .spawn()?,
                 );
@@ -271,7 +313,10 @@ fn crictl_talks_to_commands_containers_and_ports_over_both_transports() -> Resul
                     .flatten()
                 })
                 .await?;
-                ensure!(page.contains("hello from a microVM"), "{transport} {family}: {page}");
+                ensure!(
+                    page.contains("hello from a microVM"),
+                    "{transport} {family}: {page}"
+                );
                 drop(forward);
                 scene.cri.remove(&server).await?;
             }
@@ -300,14 +345,20 @@ fn sessions_leave_nothing_behind_however_they_end() -> Result<()> {
                     command.send("stdin", b"hello").await?;
                     command.end("stdin").await;
                     let outcome = command.finish().await;
-                    ensure!(outcome.stdout == b"hello" && outcome.status.contains("Success"), "{outcome:?}");
+                    ensure!(
+                        outcome.stdout == b"hello" && outcome.status.contains("Success"),
+                        "{outcome:?}"
+                    );
                 }
                 1 => {
                     let mut socket = WebSocket::connect(&url, "v5.channel.k8s.io").await?;
                     socket.send(0, b"hello").await?;
                     socket.send(255, &[0]).await?;
                     let outcome = socket.finish().await;
-                    ensure!(outcome.stdout == b"hello" && outcome.status.contains("Success"), "{outcome:?}");
+                    ensure!(
+                        outcome.stdout == b"hello" && outcome.status.contains("Success"),
+                        "{outcome:?}"
+                    );
                 }
                 _ => {
                     let mut command = Command::begin(&url, &["stdin", "stdout", "stderr"]).await?;
@@ -330,12 +381,18 @@ fn sessions_leave_nothing_behind_however_they_end() -> Result<()> {
                 let mut command = Command::begin(&url, &["stdin", "stdout", "stderr"]).await?;
                 command.send("stdin", text.as_bytes()).await?;
                 command.end("stdin").await;
-                ensure!(command.finish().await.stdout == text.as_bytes(), "session {n} differs");
+                ensure!(
+                    command.finish().await.stdout == text.as_bytes(),
+                    "session {n} differs"
+                );
             } else {
                 let mut socket = WebSocket::connect(&url, "v5.channel.k8s.io").await?;
                 socket.send(0, text.as_bytes()).await?;
                 socket.send(255, &[0]).await?;
-                ensure!(socket.finish().await.stdout == text.as_bytes(), "session {n} differs");
+                ensure!(
+                    socket.finish().await.stdout == text.as_bytes(),
+                    "session {n} differs"
+                );
             }
             Ok(())
         });
@@ -358,7 +415,9 @@ fn a_session_ends_with_its_container_or_its_pod_and_says_so() -> Result<()> {
     run(async {
         let mut scene = Scene::new(&host).await?;
         // The container is killed under it.
-        let url = scene.exec_url(&["sh", "-c", "echo up; sleep 54321"], false).await?;
+        let url = scene
+            .exec_url(&["sh", "-c", "echo up; sleep 54321"], false)
+            .await?;
         let mut command = Command::begin(&url, &["stdin", "stdout", "stderr"]).await?;
         command.read_until("up").await;
         scene.cri.stop(&scene.id, 0).await?;
@@ -370,13 +429,25 @@ fn a_session_ends_with_its_container_or_its_pod_and_says_so() -> Result<()> {
             stdout: true,
             ..Default::default()
         };
-        let error = scene.cri.runtime.exec(request).await.err().context("exec in an exited container")?;
+        let error = scene
+            .cri
+            .runtime
+            .exec(request)
+            .await
+            .err()
+            .context("exec in an exited container")?;
         ensure!(error.code() == tonic::Code::FailedPrecondition, "{error}");
 
         // The pod is stopped under one, and under a forwarded connection.
-        let config = container("second", &scene.node.image, &["httpd", "-f", "-p", "8080", "-h", "/www"]);
+        let config = container(
+            "second",
+            &scene.node.image,
+            &["httpd", "-f", "-p", "8080", "-h", "/www"],
+        );
         scene.id = scene.cri.run(&scene.pod_id, &config, &scene.pod).await?;
-        let url = scene.exec_url(&["sh", "-c", "echo up; sleep 54321"], true).await?;
+        let url = scene
+            .exec_url(&["sh", "-c", "echo up; sleep 54321"], true)
+            .await?;
         let mut command = Command::begin(&url, &["stdin", "stdout", "resize"]).await?;
         command.read_until("up").await;
         let request = cri::PortForwardRequest {
@@ -391,7 +462,10 @@ fn a_session_ends_with_its_container_or_its_pod_and_says_so() -> Result<()> {
         spdy.open(&label("data", "9")).await;
         let (reason, _) = spdy.data_of(error).await.context("no reason")?;
         let reason = String::from_utf8_lossy(&reason).into_owned();
-        ensure!(reason.contains("refused") && reason.contains("port 9"), "{reason}");
+        ensure!(
+            reason.contains("refused") && reason.contains("port 9"),
+            "{reason}"
+        );
         let error = spdy.open(&label("error", "8080")).await;
         let data = spdy.open(&label("data", "8080")).await;
         spdy.data(data, b"GET /", false).await?;
