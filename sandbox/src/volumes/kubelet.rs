@@ -52,7 +52,7 @@ pub(crate) fn recognize(path: &Path, uid: &str) -> Result<Option<KubeletVolume>,
     };
     if kind == "volumes" {
         let directory = pod.join(kind).join(first).join(second);
-        let sub_path = parts.as_path_buf();
+        let sub_path = parts.collect();
         let mounts = MountTable::read()?;
         let source = source(&first.to_string_lossy(), &directory, &mounts)?;
         return Ok(Some(KubeletVolume {
@@ -65,17 +65,6 @@ pub(crate) fn recognize(path: &Path, uid: &str) -> Result<Option<KubeletVolume>,
         return sub_path_mount(path, &pod.join("volumes"), Path::new(first));
     }
     Ok(None)
-}
-
-/// Joins what is left of an iterator over the parts of a path.
-trait AsPathBuf {
-    fn as_path_buf(self) -> PathBuf;
-}
-
-impl<'a, I: Iterator<Item = &'a std::ffi::OsStr>> AsPathBuf for I {
-    fn as_path_buf(self) -> PathBuf {
-        self.collect()
-    }
 }
 
 /// The pod's directory and the path below it. Pure.
