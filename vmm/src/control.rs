@@ -171,3 +171,7 @@ fn greet(request: &Request, greeted: &mut bool, operations: &impl Operations) ->
         },
     }
 }
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;
