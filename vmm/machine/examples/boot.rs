@@ -29,7 +29,8 @@ use caisson_devices::{
         vsock::VsockDevice,
     },
 };
-use caisson_machine::{Backing, Config, ConfigMirror, End, Entry, Host, Kernel, Vm, layout};
+use caisson_machine::{Backing, Config, ConfigMirror, End, Entry, Host, Kernel, Machine, Vm, layout};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 /// What goes on in the guest.
 enum Heard {
@@ -188,6 +189,7 @@ fn main() -> Result<()> {
     let usage = cpu_time()?;
     eprintln!("\n{end}: made {made:?}, loaded {booted:?}, ended {all:?}, {usage}");
     eprintln!("{}", machine.exits());
+    eprintln!("{}", memory_use(&machine)?);
     if trace {
         for (reason, place, count) in machine.exit_places().into_iter().take(60) {
             eprintln!("{count:8} {:12} {place:#x}", reason.name());
@@ -260,6 +262,42 @@ fn probe(socket: &Path, port: u32, heard: &mpsc::Sender<Heard>) {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// What the process takes of the host's memory, in KiB: guest memory, and everything else.
+fn memory_use(machine: &Machine) -> Result<String> {
+    let memory = machine.vm().memory();
+    let memory = memory.memory();
+    let guest: Vec<_> = memory
+        .iter()
+        .map(|region| (region.as_ptr().addr(), region.len()))
+        .collect();
+    let mut sums = std::collections::BTreeMap::<_, u64>::new();
+    let mut whose = "VMM";
+    let smaps = std::fs::read_to_string("/proc/self/smaps")?;
+    for line in smaps.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            [range, rights, ..] if rights.len() == 4 => {
+                let start = usize::from_str_radix(range.split('-').next().unwrap_or_default(), 16)?;
+                let inside = |(from, bytes): &(usize, u64)| (*from..from + *bytes as usize).contains(&start);
+                whose = if guest.iter().any(inside) { "guest" } else { "VMM" };
+            }
+            [
+                what @ ("Rss:" | "Pss:" | "Private_Dirty:" | "AnonHugePages:"),
+                kib,
+                "kB",
+            ] => {
+                *sums.entry((whose, *what)).or_default() += kib.parse::<u64>()?;
+            }
+            _ => {}
+        }
+    }
+    let parts: Vec<_> = sums
+        .iter()
+        .map(|((whose, what), kib)| format!("{whose} {what} {kib}"))
+        .collect();
+    Ok(format!("KiB: {}", parts.join(", ")))
 }
 
 /// User and system time in ticks, from what the kernel says of the process.

@@ -110,7 +110,7 @@ pub(crate) fn load(
 ) -> Result<Start, crate::Error> {
     let loaded = load_image(memory, backing, layout, &kernel.image)?;
     let initramfs = match &kernel.initramfs {
-        Some(file) => load_initramfs(memory, backing, layout, file, &loaded)?,
+        Some(file) => load_initramfs(memory, layout, file, &loaded)?,
         None => Initramfs::default(),
     };
     write_command_line(memory, &kernel.command_line)?;
@@ -153,7 +153,6 @@ fn load_image(
 /// As high as it may be, so that the kernel can unpack itself below it.
 fn load_initramfs(
     memory: &GuestMemoryMmap,
-    backing: Backing,
     layout: &Layout,
     file: &File,
     loaded: &Loaded,
@@ -169,25 +168,9 @@ fn load_initramfs(
         .map(|start| start - start % PAGE)
         .filter(|start| *start >= loaded.end)
         .ok_or(KernelError::Initramfs(bytes))?;
-    put(memory, backing, file, 0, start, bytes).map_err(failed)?;
+    // Copied, not mapped: the kernel unpacks it at once and then uses its memory for something else.
+    memory::copy_file(memory, file, 0, GuestAddress(start), bytes).map_err(failed)?;
     Ok(Initramfs { start, bytes })
-}
-
-/// Puts part of a file into memory, mapped where that is possible.
-fn put(
-    memory: &GuestMemoryMmap,
-    backing: Backing,
-    file: &File,
-    offset: u64,
-    start: u64,
-    bytes: u64,
-) -> io::Result<()> {
-    let start = GuestAddress(start);
-    match backing {
-        Backing::Anonymous => memory::map_file(memory, file, offset, start, bytes),
-        // A private mapping would be invisible to those that the memory is shared with.
-        Backing::Shared => memory::copy_file(memory, file, offset, start, bytes),
-    }
 }
 
 fn write_command_line(memory: &GuestMemoryMmap, line: &str) -> Result<(), KernelError> {

@@ -229,8 +229,8 @@ mod tests {
             assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
         }
         assert!(places[4].0 + places[4].1 <= LOW_END);
-        assert!(PCI_WINDOW.end <= ECAM.start && ECAM.end <= IO_APIC);
-        assert!(IDENTITY_MAP + PAGE <= TSS && TSS + 3 * PAGE <= HIGH_RAM);
+        const { assert!(PCI_WINDOW.end <= ECAM.start && ECAM.end <= IO_APIC) };
+        const { assert!(IDENTITY_MAP + PAGE <= TSS && TSS + 3 * PAGE <= HIGH_RAM) };
     }
 
     proptest! {

@@ -300,7 +300,7 @@ pub(crate) fn map_file(
     )
 }
 
-/// Copies `bytes` of a file from `offset` on to a guest-physical address.
+/// Copies `bytes` of a file from `offset` on to a guest-physical address, where there are zeros so far: pages of zeros stay untouched.
 pub(crate) fn copy_file(
     memory: &GuestMemoryMmap,
     file: &File,
@@ -311,16 +311,21 @@ pub(crate) fn copy_file(
     use std::os::unix::fs::FileExt;
 
     use vm_memory::Bytes;
-    const PIECE: u64 = 1 << 20;
+    const PIECE: u64 = 64 << 10;
+    static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
     let mut buffer = vec![0; usize::try_from(bytes.min(PIECE)).map_err(io::Error::other)?];
     let mut done = 0;
     while done < bytes {
         let piece = &mut buffer[..usize::try_from((bytes - done).min(PIECE)).map_err(io::Error::other)?];
         file.read_exact_at(piece, offset + done)?;
-        memory
-            .write_slice(piece, GuestAddress(start.0 + done))
-            .map_err(io::Error::other)?;
-        done += piece.len() as u64;
+        for page in piece.chunks(PAGE as usize) {
+            if page != &ZEROS[..page.len()] {
+                memory
+                    .write_slice(page, GuestAddress(start.0 + done))
+                    .map_err(io::Error::other)?;
+            }
+            done += page.len() as u64;
+        }
     }
     Ok(())
 }

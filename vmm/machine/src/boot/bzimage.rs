@@ -43,7 +43,7 @@ pub(super) fn load(memory: &GuestMemoryMmap, layout: &Layout, image: &File) -> R
         .ok_or(KernelError::Image("larger than all memory"))?;
     check_place(layout, preferred, end)?;
     check_place(layout, HIGH_MEMORY, loaded.kernel_end)?;
-    let has_entry = header.xloadflags & XLF_KERNEL_64 as u16 != 0;
+    let has_entry = header.xloadflags & XLF_KERNEL_64 != 0;
     Ok(Loaded {
         entry64: has_entry.then_some(HIGH_MEMORY + ENTRY_64),
         pvh: None,

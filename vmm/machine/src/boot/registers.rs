@@ -80,7 +80,7 @@ pub(super) fn prepare_64(memory: &GuestMemoryMmap, entry: u64) -> Result<Start, 
         pdpt,
     )?;
     let entries: Vec<u8> = (0..512)
-        .flat_map(|i| (i * LARGE_PAGE | LARGE | PRESENT_WRITABLE).to_le_bytes())
+        .flat_map(|i| ((i * LARGE_PAGE) | LARGE | PRESENT_WRITABLE).to_le_bytes())
         .collect();
     super::write(memory, "page tables", &entries, pd)?;
     // Selectors 0x10 and 0x18 are part of the protocol (__BOOT_CS and __BOOT_DS).
@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(read(long.cr3) & !0xfff, PAGE_TABLES + PAGE);
         assert_eq!(
             read(PAGE_TABLES + 2 * PAGE + 8 * 511),
-            (1 << 30) - LARGE_PAGE | 0x83
+            ((1 << 30) - LARGE_PAGE) | 0x83
         );
         prepare_pvh(&memory, 0x100_0000).unwrap();
         assert_eq!(read(GDT + 0x10), 0x00cf_9b00_0000_ffff, "32-bit code");

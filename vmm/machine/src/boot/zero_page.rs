@@ -25,8 +25,10 @@ pub(super) fn write(
 }
 
 fn parameters(layout: &Layout, loaded: &Loaded, initramfs: Initramfs, command_line: usize) -> boot_params {
-    let mut params = boot_params::default();
-    params.hdr = loaded.header.unwrap_or_default();
+    let mut params = boot_params {
+        hdr: loaded.header.unwrap_or_default(),
+        ..Default::default()
+    };
     if loaded.header.is_none() {
         params.hdr.boot_flag = BOOT_FLAG;
         params.hdr.header = u32::from_le_bytes(*b"HdrS");
