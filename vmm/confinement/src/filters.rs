@@ -296,7 +296,8 @@ impl List {
                     libc::SYS_fsync,
                     libc::SYS_msync,
                 ]);
-                list.with(libc::SYS_ioctl, &[KVM]);
+                // vhost must know of memory before the guest may use it.
+                list.with(libc::SYS_ioctl, &[KVM, VHOST]);
             }
         }
         if !matches!(kind, ThreadKind::Control | ThreadKind::Vcpu | ThreadKind::Memory) {

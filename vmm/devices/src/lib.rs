@@ -6,6 +6,7 @@
 
 pub mod bus;
 mod complaints;
+pub mod followed_memory;
 pub mod i8042;
 pub mod pci;
 pub mod ports;

@@ -3,14 +3,16 @@
 //!
 //! - `tap`: one queue of the tap;
 //! - `pair`: a receive and a transmit queue, with a thread of their own;
+//! - `vhost`: the same two, served by the host's kernel;
 //! - `control`: how many pairs are in use;
 //! - this module: the device and its configuration space.
 
 mod control;
 mod pair;
 mod tap;
+mod vhost;
 
-use std::{fs::File, io};
+use std::{fmt, fs::File, io, sync::Arc};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
@@ -26,10 +28,15 @@ use super::{
     device::{ActivateError, Activation, DeviceType, VirtioDevice, read_space},
     worker::{Host, Worker},
 };
-use crate::{complaints::Complaints, ports::ThreadKind};
+use crate::{
+    complaints::Complaints,
+    followed_memory::FollowedMemory,
+    ports::{GuestRam, ThreadKind},
+};
 use control::{Control, use_pairs};
 use pair::{Framing, Pair};
 use tap::Tap;
+use vhost::{VhostNet, VhostPair, VhostPairs};
 
 /// Pairs of queues that one device may have.
 pub const MAX_PAIRS: usize = 64;
@@ -71,10 +78,27 @@ pub enum NetError {
     /// The descriptor is no tap, or one without virtio-net headers.
     #[error("cannot use queue {0} of the tap")]
     Tap(usize, #[source] io::Error),
+    /// One descriptor for each queue of the tap is needed.
+    #[error("{count} descriptors of vhost-net for {pairs} queues of a tap")]
+    VhostCount {
+        /// How many were given.
+        count: usize,
+        /// Queues of the tap.
+        pairs: usize,
+    },
+    /// The descriptor is none of vhost-net, or of one that can do too little.
+    #[error("cannot use descriptor {0} of vhost-net")]
+    Vhost(usize, #[source] io::Error),
+}
+
+/// The host's kernel instead of threads.
+struct InKernel {
+    pairs: Vec<Arc<VhostNet>>,
+    memory: Arc<FollowedMemory>,
+    worker: Option<Worker<VhostPairs>>,
 }
 
 /// The device.
-#[derive(Debug)]
 pub struct Net {
     host: Host,
     taps: Vec<Tap>,
@@ -84,6 +108,16 @@ pub struct Net {
     queue_sizes: Vec<u16>,
     pairs: Vec<Worker<Pair>>,
     control: Option<Worker<Control>>,
+    vhost: Option<InKernel>,
+}
+
+impl fmt::Debug for Net {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Net")
+            .field("taps", &self.taps)
+            .field("mac", &self.mac)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Net {
@@ -114,7 +148,33 @@ impl Net {
             queue_sizes,
             pairs: Vec::new(),
             control: None,
+            vhost: None,
         })
+    }
+
+    /// Lets the host's kernel do the work: `descriptors` of `/dev/vhost-net`, one for each queue of the tap. All that changes the guest's
+    /// memory must go through `memory`, whose regions vhost-net limits (to 64, mostly).
+    pub fn with_vhost(
+        mut self,
+        descriptors: Vec<File>,
+        memory: Arc<FollowedMemory>,
+        ram: &GuestRam,
+    ) -> Result<Self, NetError> {
+        let (count, pairs) = (descriptors.len(), self.taps.len());
+        if count != pairs {
+            return Err(NetError::VhostCount { count, pairs });
+        }
+        let mut pairs = Vec::with_capacity(count);
+        for (index, file) in descriptors.into_iter().enumerate() {
+            let vhost = VhostNet::new(file, ram.clone()).map_err(|e| NetError::Vhost(index, e))?;
+            pairs.push(Arc::new(vhost));
+        }
+        self.vhost = Some(InKernel {
+            pairs,
+            memory,
+            worker: None,
+        });
+        Ok(self)
     }
 
     fn space(&self) -> [u8; 12] {
@@ -138,7 +198,38 @@ impl Net {
         ]
     }
 
-    fn start(&mut self, activation: &mut Activation) -> io::Result<()> {
+    /// The kernel's pairs.
+    fn start_in_kernel(&mut self, activation: &mut Activation) -> io::Result<()> {
+        let Some(kernel) = self.vhost.as_mut() else {
+            return Ok(());
+        };
+        let mut pairs = Vec::new();
+        for ((index, vhost), tap) in kernel.pairs.iter().enumerate().zip(&self.taps) {
+            let (rx, tx) = (activation.queue(2 * index), activation.queue(2 * index + 1));
+            if let (Some(rx), Some(tx)) = (rx, tx) {
+                pairs.push(VhostPair {
+                    vhost: Arc::clone(vhost),
+                    tap: tap.clone(),
+                    rx,
+                    tx,
+                });
+            }
+        }
+        let (taps, offloads, features) = (self.taps.clone(), offloads(activation), activation.features);
+        let (memory, interrupt) = (Arc::clone(&kernel.memory), activation.interrupt.clone());
+        let start = move || {
+            use_pairs(&taps, 1)?;
+            if let Some(tap) = taps.first() {
+                tap.set_offloads(offloads)?;
+            }
+            VhostPairs::start(pairs, features, &memory, &interrupt)
+        };
+        kernel.worker = Some(Worker::start(ThreadKind::Net, &self.host, start)?);
+        Ok(())
+    }
+
+    /// The threads' pairs.
+    fn start_threads(&mut self, activation: &mut Activation) -> io::Result<()> {
         let segmented = activation.has(VIRTIO_NET_F_GUEST_TSO4) || activation.has(VIRTIO_NET_F_GUEST_TSO6);
         let framing = Framing {
             merged: activation.has(VIRTIO_NET_F_MRG_RXBUF),
@@ -166,6 +257,15 @@ impl Net {
                 Ok(Pair::new(tap, rx, tx, framing, memory, interrupt))
             };
             self.pairs.push(Worker::start(ThreadKind::Net, &self.host, pair)?);
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, activation: &mut Activation) -> io::Result<()> {
+        if self.vhost.is_some() {
+            self.start_in_kernel(activation)?;
+        } else {
+            self.start_threads(activation)?;
         }
         if let Some(queue) = activation.queue(2 * self.taps.len()) {
             let control = Control {
@@ -254,6 +354,8 @@ impl VirtioDevice for Net {
         for pair in self.pairs.drain(..) {
             drop(pair.stop());
         }
+        let kernel = self.vhost.as_mut().and_then(|kernel| kernel.worker.take());
+        drop(kernel.map(Worker::stop));
         drop(self.control.take().map(Worker::stop));
     }
 }

@@ -1,9 +1,16 @@
 //! The network device, on real taps in a namespace of the test's thread.
 
-use caisson_devices::virtio::{
-    VirtioDevice,
-    net::{HEADER_BYTES, Net, NetConfig, NetError},
+use std::{fs::File, sync::Arc};
+
+use caisson_devices::{
+    followed_memory::FollowedMemory,
+    ports::MemoryControl,
+    virtio::{
+        VirtioDevice,
+        net::{HEADER_BYTES, Net, NetConfig, NetError},
+    },
 };
+use vm_memory::GuestAddress;
 
 use crate::{
     machine::{DATA, DEVICE_CONFIG, Driver, Machine, readable, writable},
@@ -18,6 +25,10 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const BUFFERS: u64 = DATA + 0x100_0000;
 
 fn net(machine: &Machine, wire: &Wire) -> Box<dyn VirtioDevice> {
+    Box::new(card(machine, wire))
+}
+
+fn card(machine: &Machine, wire: &Wire) -> Net {
     let config = NetConfig {
         taps: wire
             .queues
@@ -28,7 +39,7 @@ fn net(machine: &Machine, wire: &Wire) -> Box<dyn VirtioDevice> {
         mtu: 1500,
         offloads: true,
     };
-    Box::new(Net::new(config, machine.host()).unwrap())
+    Net::new(config, machine.host()).unwrap()
 }
 
 /// Offers `count` buffers of `bytes` each.
@@ -296,6 +307,99 @@ fn a_driver_uses_as_many_queues_as_it_asks_for() {
         send(&mut driver, 2 * pair + TX, &sent);
         assert_eq!(heard(&driver, &wire), sent);
     }
+}
+
+/// One for each queue; nothing, said aloud, where the host has no vhost-net.
+fn vhost_net(count: usize) -> Option<Vec<File>> {
+    let open = |_| File::options().read(true).write(true).open("/dev/vhost-net");
+    match (0..count).map(open).collect() {
+        Ok(files) => Some(files),
+        Err(e) => {
+            eprintln!("SKIPPED: cannot open /dev/vhost-net: {e}");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_kernel_serves_what_it_is_given_and_follows_the_memory() {
+    let (true, Some(files)) = (enter_namespace(), vhost_net(1)) else {
+        return;
+    };
+    let machine = Machine::new();
+    let wire = Wire::new(1);
+    let memory = Arc::new(FollowedMemory::new(machine.slots(), machine.ram.clone()));
+    let device = card(&machine, &wire)
+        .with_vhost(files, memory.clone(), &machine.ram)
+        .unwrap();
+    let mut driver = machine.plug(Box::new(device));
+    for without in [0, MRG_RXBUF | GUEST_TSO, 1 << 29] {
+        driver.start(without, 256);
+        offer(&mut driver, 100, 1526);
+        for bytes in [60, 1000, 1514] {
+            let to_guest = frame(bytes);
+            wire.send(&to_guest);
+            assert_eq!(received(&mut driver).0, to_guest);
+            let to_host = frame(bytes);
+            send(&mut driver, TX, &to_host);
+            assert_eq!(heard(&driver, &wire), to_host);
+        }
+    }
+    // From memory that was not there when the device began.
+    let plugged = 4 << 30;
+    memory.add_ram(GuestAddress(plugged), 2 << 20).unwrap();
+    let late = frame(700);
+    driver.fill(plugged, &[&[0; HEADER_BYTES], late.as_slice()].concat());
+    driver.offer(TX, 0, &[readable(plugged, HEADER_BYTES + late.len())]);
+    driver.kick(TX);
+    driver.wait_used(TX);
+    assert_eq!(heard(&driver, &wire), late);
+    memory.unmap(GuestAddress(plugged), 2 << 20).unwrap();
+    let last = frame(100);
+    send(&mut driver, TX, &last);
+    assert_eq!(heard(&driver, &wire), last);
+}
+
+#[test]
+fn the_kernel_serves_several_queues() {
+    let (true, Some(files)) = (enter_namespace(), vhost_net(2)) else {
+        return;
+    };
+    let machine = Machine::new();
+    let wire = Wire::new(2);
+    let memory = Arc::new(FollowedMemory::new(machine.slots(), machine.ram.clone()));
+    let device = card(&machine, &wire)
+        .with_vhost(files, memory, &machine.ram)
+        .unwrap();
+    let mut driver = machine.plug(Box::new(device));
+    driver.start(0, 256);
+    assert_eq!(driver.request(4, &[&[4, 0], &[2, 0]], &[1]), [0]);
+    for pair in [0, 1, 0] {
+        let sent = frame(300);
+        send(&mut driver, 2 * pair + TX, &sent);
+        assert_eq!(heard(&driver, &wire), sent);
+    }
+}
+
+#[test]
+fn descriptors_that_are_no_vhost_net_are_refused() {
+    if !enter_namespace() {
+        return;
+    }
+    let machine = Machine::new();
+    let wire = Wire::new(1);
+    let memory = Arc::new(FollowedMemory::new(machine.slots(), machine.ram.clone()));
+    let with = |files| {
+        card(&machine, &wire)
+            .with_vhost(files, memory.clone(), &machine.ram)
+            .map(drop)
+    };
+    assert!(matches!(
+        with(vec![]),
+        Err(NetError::VhostCount { count: 0, pairs: 1 })
+    ));
+    let file = tempfile::tempfile().unwrap();
+    assert!(matches!(with(vec![file]), Err(NetError::Vhost(0, _))));
 }
 
 #[test]
