@@ -8,6 +8,7 @@ use std::{
 
 use caisson_confinement::{Filters, ThreadKind};
 use caisson_devices::{
+    followed_memory::FollowedMemory,
     pci::{Ecam, PciAddress, PciRoot, RootError, Window},
     serial::SerialPort,
     virtio::{
@@ -150,7 +151,14 @@ pub(crate) fn build(
                     mtu: nic.mtu,
                     offloads: true,
                 };
-                Box::new(Net::new(config, places.host.clone())?)
+                let nic_device = Net::new(config, places.host.clone())?;
+                let vhost = inherited.give_all(&nic.vhost)?;
+                if vhost.is_empty() {
+                    Box::new(nic_device)
+                } else {
+                    let vhost = vhost.into_iter().map(File::from).collect();
+                    Box::new(nic_device.with_vhost(vhost, Arc::clone(&places.memory), &vm.memory())?)
+                }
             }
             Device::Balloon => {
                 // Nobody inflates it: it is there for the pages that the guest reports as free.
@@ -207,6 +215,8 @@ pub(crate) struct Places {
     attachment: Attachment,
     host: virtio::Host,
     console: Arc<SerialPort<File>>,
+    /// All that changes the guest's memory goes through it, so that vhost hears of it.
+    memory: Arc<FollowedMemory>,
 }
 
 impl Places {
@@ -239,6 +249,7 @@ impl Places {
                 events: Arc::new(Log),
             },
             console,
+            memory: Arc::new(FollowedMemory::new(vm.memory_control(), vm.memory())),
         })
     }
 
@@ -266,7 +277,7 @@ impl Places {
             block: MEMORY_BLOCK,
             chunk: MEMORY_CHUNK,
         };
-        let (device, handle) = Mem::new(layout, vm.memory_control(), self.host.clone())?;
+        let (device, handle) = Mem::new(layout, Arc::clone(&self.memory) as _, self.host.clone())?;
         Ok((Box::new(device), handle))
     }
 

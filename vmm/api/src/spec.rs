@@ -126,6 +126,8 @@ pub struct Disk {
 pub struct Nic {
     /// Open taps (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR), one for each queue pair.
     pub queues: Vec<Descriptor>,
+    /// `/dev/vhost-net`, as often as there are taps; or none, and packets take the way through the VMM.
+    pub vhost: Vec<Descriptor>,
     /// Hardware address.
     pub mac: [u8; 6],
     /// Bytes.
@@ -216,7 +218,7 @@ impl VmSpec {
             self.started,
         ];
         all.extend(self.disks.iter().flat_map(|disk| &disk.files));
-        all.extend(self.nics.iter().flat_map(|nic| &nic.queues));
+        all.extend(self.nics.iter().flat_map(|nic| nic.queues.iter().chain(&nic.vhost)));
         all
     }
 
@@ -296,6 +298,13 @@ impl VmSpec {
                     "NIC {index} does not have 1 to {QUEUES_PER_NIC_MAX} taps"
                 ));
             }
+            if !nic.vhost.is_empty() && nic.vhost.len() != nic.queues.len() {
+                problems.push(format!(
+                    "NIC {index} has {} taps and {} vhost descriptors",
+                    nic.queues.len(),
+                    nic.vhost.len()
+                ));
+            }
             if !(68..=65_521).contains(&nic.mtu) {
                 problems.push(format!("NIC {index} has an MTU of {}", nic.mtu));
             }
@@ -348,6 +357,7 @@ mod tests {
             }],
             nics: vec![Nic {
                 queues: vec![Descriptor(9)],
+                vhost: vec![Descriptor(10)],
                 mac: [2, 0, 0, 0, 0, 1],
                 mtu: 1500,
             }],
@@ -366,7 +376,7 @@ mod tests {
     fn a_specification_survives_the_way_to_the_process() {
         let spec = spec();
         assert_eq!(VmSpec::decode(&spec.encode().unwrap()).unwrap(), spec);
-        assert_eq!(spec.descriptors().len(), 10);
+        assert_eq!(spec.descriptors().len(), 11);
     }
 
     #[test]
@@ -399,6 +409,7 @@ mod tests {
             "128 MiB",
             "context id 2",
             "serial \"scratch\"",
+            "vhost",
             "MTU of 9",
             "199 slots",
             "descriptor 1 is not",

@@ -216,6 +216,9 @@ const fn request_type(kind: u64) -> Argument {
     }
 }
 
+/// All of linux/vhost.h: requests of type 0xAF.
+const VHOST: Argument = request_type(0xAF);
+
 /// TUNGETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ and TUNSETQUEUE of linux/if_tun.h: what a NIC settles with its tap. Not TUNSETIFF, which makes
 /// taps.
 const TAP: [Argument; 4] = [
@@ -268,7 +271,7 @@ impl List {
                 list.calls(BLOCK);
                 list.calls(SOCKETS);
                 list.threads();
-                list.with(libc::SYS_ioctl, &[KVM, NOT_BLOCKING]);
+                list.with(libc::SYS_ioctl, &[KVM, VHOST, NOT_BLOCKING]);
                 list.with(libc::SYS_ioctl, &TAP);
                 list.with(libc::SYS_ioctl, &BLOCK_DEVICE);
             }
@@ -283,6 +286,7 @@ impl List {
             }
             ThreadKind::Net => {
                 list.with(libc::SYS_ioctl, &TAP);
+                list.with(libc::SYS_ioctl, &[VHOST]);
             }
             ThreadKind::Vsock => {
                 list.calls(SOCKETS);

@@ -306,8 +306,22 @@ fn specification(
 fn pass_nic(nic: Nic, passed: &mut Passed) -> Result<spec::Nic, HypervisorError> {
     let mtu = u16::try_from(nic.mtu)
         .map_err(|_| HypervisorError::Spec(format!("no virtio NIC has an MTU of {}", nic.mtu)))?;
+    let open = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/vhost-net")
+    };
+    // Without it packets take the way through the VMM.
+    let vhost: Vec<File> = nic
+        .queues
+        .iter()
+        .map(|_| open())
+        .collect::<Result<_, _>>()
+        .unwrap_or_default();
     Ok(spec::Nic {
         queues: nic.queues.into_iter().map(|queue| passed.pass(queue)).collect(),
+        vhost: vhost.into_iter().map(|file| passed.pass(file)).collect(),
         mac: nic.mac,
         mtu,
     })
