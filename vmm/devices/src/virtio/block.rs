@@ -40,10 +40,11 @@ use disk::Disk;
 use ring::Ring;
 use server::Server;
 
-const QUEUE_SIZES: [u16; 1] = [256];
+/// A guest's kernel sets memory aside for every request that it may have under way: some 64 KiB for this many, for each disk.
+const QUEUE_SIZES: [u16; 1] = [128];
 
 /// Buffers in one request: the queue, without header and status.
-const MAX_SEGMENTS: u32 = 254;
+const MAX_SEGMENTS: u32 = 126;
 
 /// What a disk is made of.
 #[derive(Debug)]

@@ -109,7 +109,7 @@ fn a_disk_says_what_it_is() {
     }
     assert_eq!(features & 1 << 5, 0);
     assert_eq!(driver.u64(DEVICE_CONFIG), 128);
-    assert_eq!(driver.u32(DEVICE_CONFIG + 12), 254);
+    assert_eq!(driver.u32(DEVICE_CONFIG + 12), 126);
     assert_eq!(driver.u32(DEVICE_CONFIG + 20), 512);
     assert_eq!(driver.u32(DEVICE_CONFIG + 36), MAX_DISCARD_SECTORS);
     let (status, serial) = ask(&mut driver, GET_ID, 0, &[], 20);
@@ -437,8 +437,8 @@ fn many_requests_at_once_are_all_answered() {
     let (device, _) = block(&machine, vec![file(&content)], false);
     let mut driver = machine.plug(Box::new(device));
     driver.start(0, 256);
-    for round in 0..20u64 {
-        for index in 0..80u16 {
+    for round in 0..40u64 {
+        for index in 0..40u16 {
             let at = DATA + 0x4000 * u64::from(index);
             let sector = (u64::from(index) * 16 + round * 7) % 2000;
             driver.fill(at, &header(READ, sector));
@@ -453,7 +453,7 @@ fn many_requests_at_once_are_all_answered() {
             );
         }
         driver.kick(0);
-        for _ in 0..80 {
+        for _ in 0..40 {
             let (head, length) = driver.wait_used(0);
             let index = u64::from(head / 3);
             let from = ((index * 16 + round * 7) % 2000 * SECTOR) as usize;
@@ -465,7 +465,7 @@ fn many_requests_at_once_are_all_answered() {
         }
     }
     // And the driver may leave in the middle of it.
-    for index in 0..80u16 {
+    for index in 0..40u16 {
         let at = DATA + 0x4000 * u64::from(index);
         driver.offer(
             0,

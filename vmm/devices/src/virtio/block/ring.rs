@@ -22,8 +22,8 @@ use super::{
 /// Requests that are handed to the kernel at once.
 const ENTRIES: u32 = 64;
 
-/// Requests on their way: no more than a queue can hold.
-const JOBS: u16 = 256;
+/// Requests on their way: as many as a queue can hold.
+const JOBS: u16 = 128;
 
 /// IOSQE_FIXED_FILE: only files that were registered.
 const FIXED_FILE: u8 = 1;
