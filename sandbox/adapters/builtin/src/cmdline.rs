@@ -7,7 +7,10 @@ use caisson_hypervisor::VmSpec;
 const WORDS: &[&str] = &[
     "console=ttyS0",
     "quiet",
-    "loglevel=4",
+    // An oops or a panic speaks up by itself; anything less would be an exit for each byte. The kernel's own log has it.
+    "loglevel=2",
+    // No probing for chipsets by ports before ACPI has been read: 76 exits to learn that there are none.
+    "pci=noearly",
     "panic=-1",
     "no_timer_check",
     "random.trust_cpu=on",
