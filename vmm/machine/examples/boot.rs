@@ -278,7 +278,7 @@ fn memory_use(machine: &Machine) -> Result<String> {
     for line in smaps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
-            [range, rights, ..] if rights.len() == 4 => {
+            [range, rights, ..] if rights.len() == 4 && range.contains('-') => {
                 let start = usize::from_str_radix(range.split('-').next().unwrap_or_default(), 16)?;
                 let inside = |(from, bytes): &(usize, u64)| (*from..from + *bytes as usize).contains(&start);
                 whose = if guest.iter().any(inside) { "guest" } else { "VMM" };
