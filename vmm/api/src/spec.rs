@@ -218,7 +218,11 @@ impl VmSpec {
             self.started,
         ];
         all.extend(self.disks.iter().flat_map(|disk| &disk.files));
-        all.extend(self.nics.iter().flat_map(|nic| nic.queues.iter().chain(&nic.vhost)));
+        all.extend(
+            self.nics
+                .iter()
+                .flat_map(|nic| nic.queues.iter().chain(&nic.vhost)),
+        );
         all
     }
 

@@ -306,12 +306,7 @@ fn specification(
 fn pass_nic(nic: Nic, passed: &mut Passed) -> Result<spec::Nic, HypervisorError> {
     let mtu = u16::try_from(nic.mtu)
         .map_err(|_| HypervisorError::Spec(format!("no virtio NIC has an MTU of {}", nic.mtu)))?;
-    let open = || {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/vhost-net")
-    };
+    let open = || OpenOptions::new().read(true).write(true).open("/dev/vhost-net");
     // Without it packets take the way through the VMM.
     let vhost: Vec<File> = nic
         .queues
