@@ -7,6 +7,7 @@
 #   make check    formatting and lints
 #   make critest  cri-tools' conformance tests, judged by docs/conformance.md; CRITEST='--focus REGEXP' for some of them
 #   make bench    figures for docs/performance.md
+#   make fuzz     the VMM's devices and protocol under libFuzzer, ten minutes each target
 #   make run      caissond in the foreground, state below /tmp/caisson, its own bridge network for pods
 #   make registry a registry in the foreground on 127.0.0.1:5000 that holds demo/busybox:1
 #   make help     this list
@@ -20,7 +21,7 @@ GUEST := guest/out
 RUN ?= /tmp/caisson
 CARGO ?= cargo
 
-.PHONY: help setup build agent guest guest-tuned demo test unit e2e e2e-tuned check bench run registry crictl critest node-shell e2e-node
+.PHONY: help setup build agent guest guest-tuned demo test unit e2e e2e-tuned check bench fuzz run registry crictl critest node-shell e2e-node
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -78,6 +79,10 @@ test:
 check: setup
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+# What a guest can send, for ten minutes each; tests/all.sh has a short run.
+fuzz: setup
+	./fuzz/run.sh 600
 
 bench: build guest guest-tuned
 	./target/release/bench

@@ -30,6 +30,7 @@ stage 'demo' make -s demo
 stage 'guest, tuned kernel' make -s guest-tuned
 stage 'lints' make -s check
 stage 'unit and component tests' make -s unit
+stage 'fuzzing, 20 s each' ./fuzz/run.sh 20
 stage 'crictl' make -s crictl
 stage 'end to end, distribution kernel' make -s e2e
 stage 'end to end, tuned kernel' make -s e2e-tuned
