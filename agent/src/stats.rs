@@ -11,7 +11,7 @@ use crate::{
     cgroup::{Cgroup, event},
     clock, create,
     error::AgentError,
-    guest::{Container, Guest},
+    guest::{Container, Guest, Sandbox},
     service::blocking,
 };
 
@@ -27,9 +27,6 @@ const MAX_ENTRIES: u64 = 1 << 24;
 /// Most files with several names that are told apart; more are counted by each name.
 const MAX_SHARED: usize = 1 << 17;
 
-/// Most network interfaces that are told of: a container may make any number.
-const MAX_INTERFACES: usize = 64;
-
 /// Answers the call.
 pub(crate) async fn stats(
     guest: Arc<Guest>,
@@ -44,6 +41,7 @@ pub(crate) async fn stats(
     for container in &containers {
         remeasure(container);
     }
+    let names = interface_names(&guest);
     let measured = async {
         for container in &containers {
             container.layer.settled().await;
@@ -55,7 +53,7 @@ pub(crate) async fn stats(
         Ok(v1::StatsReply {
             pod: Some(read(&Cgroup::pod())),
             containers: containers.iter().map(|container| of(container)).collect(),
-            interfaces: interfaces(&fs::read_to_string("/proc/net/dev").unwrap_or_default()),
+            interfaces: interfaces(&fs::read_to_string("/proc/net/dev").unwrap_or_default(), &names),
         })
     })
     .await
@@ -255,9 +253,21 @@ fn pressure(text: &str) -> Option<v1::Pressure> {
     })
 }
 
-/// Interfaces of /proc/net/dev, loopback left out.
-fn interfaces(text: &str) -> Vec<v1::InterfaceStats> {
-    text.lines()
+/// The pod's interfaces, in the order it was given them. The kernel has others of its own (bond0, tunl0), which carry nothing.
+fn interface_names(guest: &Guest) -> Vec<String> {
+    match &*guest.sandbox() {
+        Sandbox::Configured(configured) => {
+            let interfaces = configured.request.interfaces.iter();
+            interfaces.map(|interface| interface.name.clone()).collect()
+        }
+        Sandbox::Blank | Sandbox::Configuring => Vec::new(),
+    }
+}
+
+/// The counters of these interfaces in /proc/net/dev.
+fn interfaces(text: &str, names: &[String]) -> Vec<v1::InterfaceStats> {
+    let mut all: Vec<_> = text
+        .lines()
         .filter_map(|line| line.split_once(':'))
         .filter_map(|(name, counters)| {
             let name = name.trim();
@@ -266,7 +276,7 @@ fn interfaces(text: &str) -> Vec<v1::InterfaceStats> {
                 .filter_map(|counter| counter.parse().ok())
                 .collect();
             let at = |column: usize| counters.get(column).copied();
-            (name != "lo" && counters.len() >= 12).then(|| {
+            (names.iter().any(|known| known == name) && counters.len() >= 12).then(|| {
                 Some(v1::InterfaceStats {
                     name: name.to_owned(),
                     rx_bytes: at(0)?,
@@ -280,8 +290,9 @@ fn interfaces(text: &str) -> Vec<v1::InterfaceStats> {
                 })
             })?
         })
-        .take(MAX_INTERFACES)
-        .collect()
+        .collect();
+    all.sort_by_key(|interface| names.iter().position(|name| *name == interface.name));
+    all
 }
 
 #[cfg(test)]
@@ -289,11 +300,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interfaces_are_read_without_loopback_and_headers() {
+    fn only_the_pods_interfaces_are_read_and_in_its_order() {
         let text = "Inter-|   Receive |  Transmit\n face |bytes packets errs drop fifo frame compressed multicast|bytes\n\
-            \x20   lo: 9 9 0 0 0 0 0 0 9 9 0 0 0 0 0 0\n  eth0:1000 10 1 2 0 0 0 0 2000 20 3 4 0 0 0 0\n";
-        let all = interfaces(text);
-        assert_eq!(all.len(), 1);
+            \x20   lo: 9 9 0 0 0 0 0 0 9 9 0 0 0 0 0 0\n  bond0: 9 9 0 0 0 0 0 0 9 9 0 0 0 0 0 0\n\
+            \x20 net1: 5 9 0 0 0 0 0 0 9 9 0 0 0 0 0 0\n  eth0:1000 10 1 2 0 0 0 0 2000 20 3 4 0 0 0 0\n";
+        let all = interfaces(text, &["eth0".to_owned(), "net1".to_owned(), "absent".to_owned()]);
+        assert_eq!(all.len(), 2);
+        assert_eq!(all[1].rx_bytes, 5);
         let eth0 = &all[0];
         assert_eq!(
             (eth0.name.as_str(), eth0.rx_bytes, eth0.rx_errors),

@@ -429,7 +429,11 @@ impl Actor {
         let waiting = std::mem::take(&mut entry.removing);
         if effects.contains(&Effect::Forget) {
             entry.ended.send_replace(true);
+            let changes = std::mem::take(&mut entry.changes);
             self.containers.remove(id);
+            changes.into_iter().for_each(|change| {
+                answer(change.reply, Err(SandboxError::NoContainer(id.0.clone())));
+            });
         }
         self.publish();
         let result = result.map_err(Arc::new);

@@ -32,7 +32,7 @@ pub struct PodUsage {
     pub total: Usage,
     /// Each container that is there.
     pub containers: Vec<ContainerUsage>,
-    /// Network interfaces of the guest, its first one first.
+    /// The pod's network interfaces as the guest counts, its first one first.
     pub interfaces: Vec<guest::InterfaceStats>,
 }
 
