@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 mod drivers;
+pub mod deadline;
 pub mod inquiry;
 pub mod metrics;
 pub mod notify;

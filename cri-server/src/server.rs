@@ -14,7 +14,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{body::Body, transport::Server};
 use tower::Service;
 
-use crate::{rpc::service::Cri, status};
+use crate::{deadline, rpc::service::Cri, status};
 
 /// Largest request that is read; kubelet's own bound.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
@@ -89,14 +89,16 @@ impl Service<Request<Body>> for Dispatch {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        match service(request.uri().path()) {
+        let limit = deadline::of(request.headers());
+        let call = match service(request.uri().path()) {
             Some(runtime_service_server::SERVICE_NAME) => self.runtime.call(request),
             Some(image_service_server::SERVICE_NAME) => self.image.call(request),
             other => {
                 let answer = status::unknown_service(other.unwrap_or_default()).into_http();
                 Box::pin(async { Ok(answer) })
             }
-        }
+        };
+        Box::pin(deadline::within(limit, call))
     }
 }
 

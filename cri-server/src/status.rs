@@ -116,6 +116,12 @@ pub fn unknown_service(name: &str) -> Status {
     Status::unimplemented(format!("this socket serves runtime.v1 of the CRI, not {name:?}"))
 }
 
+/// The answer to a call that took longer than its client gives it.
+#[must_use]
+pub fn deadline_passed(limit: std::time::Duration) -> Status {
+    Status::deadline_exceeded(format!("not done within the {limit:?} that the client gave"))
+}
+
 fn sandbox_code(kind: ErrorKind) -> Code {
     match kind {
         ErrorKind::Invalid => Code::InvalidArgument,
