@@ -63,6 +63,22 @@ fn crictl_runs_the_pod_of_the_readme() -> Result<()> {
         )
         .await?;
         ensure!(crictl(&["exec", "-s", &id, "uname", "-s"])? == "Linux");
+        // What a person asks of a pod that runs.
+        let stats = crictl(&["stats", "-s", "1"])?;
+        ensure!(stats.contains(&id[..12]) && stats.contains("CPU %"), "{stats}");
+        let stats = crictl(&["statsp", "-s", "1"])?;
+        ensure!(stats.contains(&pod_id[..12]), "{stats}");
+        ensure!(crictl(&["metricsp"])?.contains("container_memory_working_set_bytes"));
+        ensure!(crictl(&["metricdescs"])?.contains("container_cpu_usage_seconds_total"));
+        crictl(&["update", "--memory", "67108864", &id])?;
+        ensure!(crictl(&["inspect", &id])?.contains("\"memoryLimitInBytes\": \"67108864\""));
+        let info: serde_json::Value = serde_json::from_str(&crictl(&["info"])?)?;
+        ensure!(
+            info["runtimeHandlers"]
+                .as_array()
+                .is_some_and(|handlers| !handlers.is_empty()),
+            "{info:#}"
+        );
         // Prefixes of ids are enough, as with other runtimes.
         crictl(&["inspect", &id[..12]])?;
         crictl(&["inspectp", &pod_id[..12]])?;
