@@ -570,24 +570,28 @@ async fn end(world: &World) {
             .await
             .unwrap();
     }
-    fake_host::until("every boot is over", || async {
-        world.node.host.alive() == 0 && world.node.host.networks.lock().unwrap().is_empty()
+    // Boots whose client went away end when they like, and are listed only then.
+    fake_host::until("every boot is over", || {
+        let mut client = client.clone();
+        async move {
+            let left = client
+                .list_pod_sandbox(v1::ListPodSandboxRequest::default())
+                .await
+                .unwrap();
+            for pod in left.into_inner().items {
+                let request = v1::RemovePodSandboxRequest {
+                    pod_sandbox_id: pod.id,
+                };
+                answered("RemovePodSandbox", client.remove_pod_sandbox(request))
+                    .await
+                    .unwrap();
+            }
+            world.node.host.alive() == 0
+                && world.node.host.networks.lock().unwrap().is_empty()
+                && world.served.as_ref().unwrap().runtime.sandboxes.is_empty()
+        }
     })
     .await;
-    let mut client = client.clone();
-    let left = client
-        .list_pod_sandbox(v1::ListPodSandboxRequest::default())
-        .await
-        .unwrap();
-    // Runs whose client went away may have ended since.
-    for pod in left.into_inner().items {
-        let request = v1::RemovePodSandboxRequest {
-            pod_sandbox_id: pod.id,
-        };
-        answered("RemovePodSandbox", client.remove_pod_sandbox(request))
-            .await
-            .unwrap();
-    }
     world.node.assert_nothing_left();
     fake_host::until("every end is told", || async {
         let told = world.told.lock().unwrap();

@@ -254,6 +254,12 @@ impl Sandboxes {
             .collect()
     }
 
+    /// Whether there is no pod at all, not even one that boots and is not listed yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.inner.registry.handles().is_empty()
+    }
+
     /// Creates a container. A retry with the same name and attempt joins the call in progress.
     pub async fn create_container(
         &self,
