@@ -431,7 +431,7 @@ async fn images_of_records_that_cannot_be_read_count_as_in_use() {
     let pod = pods.run(node.pod("a")).await.unwrap();
     let id = pods.create_container(&pod.0, container("c")).await.unwrap();
     let image = format!("sha256:{}", "ab".repeat(32));
-    assert_eq!(pods.images_in_use().await.ids, [image.clone()]);
+    assert_eq!(pods.images_in_use().await.ids, std::slice::from_ref(&image));
     pods.close().await;
     drop(pods);
     let dir = node.root().join("pods").join(&pod.0);

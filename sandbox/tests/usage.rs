@@ -145,8 +145,10 @@ async fn usage_is_joined_with_the_pod_and_its_time_is_that_of_the_call() {
 
 #[tokio::test]
 async fn a_guest_that_does_not_answer_is_left_out_of_lists_and_an_error_by_itself() {
-    let mut node = Node::default();
-    node.agent_deadline = std::time::Duration::from_millis(300);
+    let node = Node {
+        agent_deadline: std::time::Duration::from_millis(300),
+        ..Node::default()
+    };
     let (pods, pod, id) = running(&node).await;
     let other = pods.run(node.pod("other")).await.unwrap();
     node.host.faults.arm("Stats");
