@@ -189,3 +189,50 @@ impl AsRawFd for Ring {
         self.ring.as_raw_fd()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_does_nothing_but_read_write_and_flush_its_own_files() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let stranger = types::Fd(file.as_raw_fd());
+        let disk = Disk::new(vec![file]).unwrap();
+        let mut ring = match Ring::new(&disk) {
+            Ok(ring) => ring,
+            Err(e) => {
+                eprintln!("SKIPPED: no io_uring here: {e}");
+                return;
+            }
+        };
+        let own = types::Fixed(0);
+        let tries = [
+            (opcode::Fsync::new(own).build(), 0),
+            (opcode::Fsync::new(stranger).build(), -libc::EACCES),
+            (opcode::Fallocate::new(own, 1).build(), -libc::EACCES),
+            (
+                opcode::OpenAt::new(stranger, c"/".as_ptr()).build(),
+                -libc::EACCES,
+            ),
+            (
+                opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+                -libc::EACCES,
+            ),
+            (opcode::Nop::new().build(), -libc::EACCES),
+        ];
+        for (entry, answer) in tries {
+            // SAFETY: what the entries point to is constant.
+            unsafe { ring.ring.submission().push(&entry).unwrap() };
+            ring.ring.submit_and_wait(1).unwrap();
+            assert_eq!(
+                ring.ring.completion().next().unwrap().result(),
+                answer,
+                "{entry:?}"
+            );
+        }
+        assert!(ring.ring.submitter().unregister_files().is_err());
+    }
+}
