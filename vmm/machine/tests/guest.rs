@@ -4,6 +4,7 @@
     unsafe_code,
     reason = "the guests' instructions lie between two labels in this program"
 )]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::{
     arch::global_asm,
