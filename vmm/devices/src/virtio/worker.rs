@@ -90,9 +90,10 @@ pub(crate) trait Serve: Send + 'static {
 }
 
 /// A running thread, and what it serves.
+/// Dropping it ends it, too.
 pub(crate) struct Worker<S> {
     stop: EventFd,
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
     given_back: mpsc::Receiver<S>,
 }
 
@@ -136,17 +137,31 @@ impl<S: Serve> Worker<S> {
             .map_err(|_| io::Error::other("the thread ended before it began"))??;
         Ok(Self {
             stop,
-            thread,
+            thread: Some(thread),
             given_back,
         })
     }
 
     /// Ends the thread; what it served, unless it has panicked.
-    pub(crate) fn stop(self) -> Option<S> {
+    pub(crate) fn stop(mut self) -> Option<S> {
+        self.end()?;
+        self.given_back.try_recv().ok()
+    }
+}
+
+impl<S> Worker<S> {
+    /// Whether the thread ended as it should; nothing if it has ended before.
+    fn end(&mut self) -> Option<()> {
+        let thread = self.thread.take()?;
         // Fails only when the counter is full, and then the thread has heard.
         drop(self.stop.write(1));
-        self.thread.join().ok()?;
-        self.given_back.try_recv().ok()
+        thread.join().ok()
+    }
+}
+
+impl<S> Drop for Worker<S> {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -427,6 +427,7 @@ fn full_disk(asynchronous: bool) {
     driver.kick(0);
     vectors.wait_until("the event", || events().len() == 3);
     driver.start(0, 256);
+    assert_eq!(events().len(), 4, "nothing waits any more");
     assert_eq!(ask(&mut driver, READ, 0, &[], 512).0, OK);
 }
 

@@ -246,9 +246,16 @@ impl Serve for Server {
         while self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) {
             if let Some(Err(e)) = self.ring.as_mut().map(Ring::wait) {
                 self.complaints.say(format_args!("requests do not end: {e}"));
-                return;
+                break;
             }
             self.take_completed(&memory);
+        }
+        if !self.waiting.is_empty() {
+            // Their driver has given them up.
+            self.waiting.clear();
+            self.host.events.happened(DeviceEvent::DiskHasSpace {
+                disk: self.shared.serial(),
+            });
         }
     }
 }
