@@ -76,7 +76,7 @@ impl ProcessInput {
 }
 
 enum From {
-    Command(ExecOutput),
+    Command(Box<ExecOutput>),
     Container(Tap),
 }
 
@@ -251,7 +251,7 @@ impl Sandboxes {
                 "run a command in container {container}"
             )))?;
         let output = |from| ProcessOutput {
-            from: From::Command(from),
+            from: From::Command(Box::new(from)),
             ended: reach.ended.clone(),
             detached: None,
         };
