@@ -347,7 +347,10 @@ mod tests {
         };
         let spec = container_spec(config, &pod(), &image(), &MountImages::new()).unwrap();
         assert_eq!(spec.guest.image_volumes, ["/cache"]);
-        assert!(spec.files.is_empty(), "a directory of the host is shared, not copied");
+        assert!(
+            spec.files.is_empty(),
+            "a directory of the host is shared, not copied"
+        );
         assert_eq!(spec.volumes.len(), 1);
     }
 

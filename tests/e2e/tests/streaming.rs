@@ -278,6 +278,13 @@ fn crictl_talks_to_commands_containers_and_ports_over_both_transports() -> Resul
                     &["httpd", "-f", "-p", &format!("{family}:{number}"), "-h", "/www"],
                 );
                 let server = scene.cri.run(&scene.pod_id, &config, &scene.pod).await?;
+                // A client gives up its whole connection when a port refuses once.
+                let listens = format!("grep -qi ':{number:04x} .* 0A ' /proc/net/tcp /proc/net/tcp6");
+                eventually("the server's listening", LIMIT, async || {
+                    let asked = scene.cri.exec(&server, &["sh", "-c", &listens]).await;
+                    asked.ok().filter(|(code, _, _)| *code == 0)
+                })
+                .await?;
                 let mut forward = Running(
                     scene
                         .crictl(&[
