@@ -7,10 +7,13 @@
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
-    clippy::expect_used,
     reason = "helpers of tests fail as tests do"
 )]
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the agent made up there is a server of its own, not the CRI's"
+)]
 #[path = "../../sandbox/tests/fake_host/mod.rs"]
 mod fake_host;
 #[path = "random_calls/registry.rs"]
@@ -541,8 +544,7 @@ async fn scenario(steps: Vec<(Step, bool, bool)>) -> BTreeMap<String, Vec<Contai
     check_lists(&world).await;
     check_events(&world);
     end(&world).await;
-    let told = world.told.lock().unwrap().clone();
-    told
+    world.told.lock().unwrap().clone()
 }
 
 async fn settle(running: &mut JoinSet<()>) {
