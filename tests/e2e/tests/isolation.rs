@@ -147,14 +147,14 @@ fn a_vm_runs_as_a_user_of_its_own_without_capabilities() -> Result<()> {
         for name in ["first", "second"] {
             cri.run_pod(&pod(&host, name)).await?;
             let now = host.leftovers()?.processes;
-            let pids: Vec<_> = now
-                .difference(&known)
-                .filter_map(|process| process.split(' ').next())
-                .collect();
+            let new: Vec<_> = now.difference(&known).collect();
+            // QEMU's socket device is a process of its own; the built-in VMM has it inside.
+            let builtin = new.iter().any(|process| process.contains("caisson-vmm"));
             ensure!(
-                (1..=2).contains(&pids.len()),
-                "a VMM and at most one helper: {pids:?}"
+                new.len() == if builtin { 1 } else { 2 },
+                "a VM's processes: {new:?}"
             );
+            let pids = new.iter().filter_map(|process| process.split(' ').next());
             let mut of_pod = BTreeSet::new();
             for pid in pids {
                 of_pod.insert(confined_user(pid, &network)?);
