@@ -52,8 +52,7 @@ impl Listener {
         match self {
             Self::Vsock(listener) => {
                 let (connection, peer) = listener.accept().await?;
-                // A container that gets at vsock after all, through loopback or another VM, is not the host.
-                Ok((peer.cid() == VMADDR_CID_HOST).then(|| Box::new(connection) as Box<dyn Connection>))
+                Ok(is_host(peer.cid()).then(|| Box::new(connection) as Box<dyn Connection>))
             }
             #[cfg(feature = "component-test")]
             Self::Unix(listener) => Ok(Some(Box::new(listener.accept().await?.0))),
@@ -72,6 +71,25 @@ impl Listener {
                     tokio::time::sleep(std::time::Duration::from_millis(100)).await;
                 }
             }
+        }
+    }
+}
+
+/// Whether a connection from this CID is the host's. A container that gets at vsock after all, through loopback or another VM, is not.
+fn is_host(peer: u32) -> bool {
+    peer == VMADDR_CID_HOST
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_but_the_host_is_served() {
+        assert!(is_host(2));
+        // The hypervisor's, loopback's, the guest's own and another VM's, and the wildcard.
+        for other in [0, 1, 3, 4, VMADDR_CID_ANY] {
+            assert!(!is_host(other), "{other}");
         }
     }
 }

@@ -5,10 +5,11 @@ use std::{collections::BTreeSet, fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
-    cri::{container, pod},
+    cri::{container, pod, security},
     daemon::{Daemon, Product},
     host::{Host, command},
     image::{self, Image, Layer},
+    node::{Node, node},
     registry::Registry,
     run,
 };
@@ -100,6 +101,64 @@ fn no_container_reaches_anything_by_vsock_whether_privileged_or_not() -> Result<
                 "{name}: {log}"
             );
         }
+        Ok(())
+    })
+}
+
+/// Every file below `dir`, and what is in it.
+fn contents(dir: &std::path::Path) -> Result<std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>> {
+    let mut found = std::collections::BTreeMap::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.append(&mut contents(&path)?);
+        } else if path.extension().is_some_and(|extension| extension == "erofs") {
+            let content = fs::read(&path)?;
+            found.insert(path, content);
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_privileged_container_cannot_change_the_image_it_runs_from() -> Result<()> {
+    let host = Host::enter()?;
+    run(async {
+        let Node {
+            mut cri,
+            image,
+            daemon: _daemon,
+            registry: _registry,
+        } = node(&host).await?;
+        let images = host.dir().join("root/images");
+        let before = contents(&images)?;
+        ensure!(!before.is_empty(), "no image below {}", images.display());
+        let mut config = pod(&host, "vandal");
+        config.linux.get_or_insert_default().security_context = Some(cri::LinuxSandboxSecurityContext {
+            privileged: true,
+            ..Default::default()
+        });
+        let pod_id = cri.run_pod(&config).await?;
+        let mut vandal = container("vandal", &image, &["sleep", "100000"]);
+        security(&mut vandal).privileged = true;
+        let id = cri.run(&pod_id, &vandal, &config).await?;
+        // Every disk that says it is read-only, made writable as far as the guest's kernel lets one, and written.
+        let script = r#"
+            tried=0
+            for disk in /sys/block/vd*; do
+                [ "$(cat $disk/ro)" = 1 ] || continue
+                tried=$((tried + 1))
+                numbers=$(cat $disk/dev)
+                mknod /tmp/disk$tried b ${numbers%:*} ${numbers#*:} || exit 3
+                blockdev --setrw /tmp/disk$tried 2>/dev/null
+                dd if=/dev/zero of=/tmp/disk$tried bs=4096 count=1 conv=fsync 2>&1 && exit 4
+            done
+            echo tried $tried
+            [ $tried -gt 0 ]
+        "#;
+        let (code, said, error) = cri.exec(&id, &["sh", "-c", script]).await?;
+        ensure!(code == 0, "{code}: {said}{error}");
+        ensure!(contents(&images)? == before, "an image changed: {said}");
         Ok(())
     })
 }

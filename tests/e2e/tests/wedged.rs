@@ -128,6 +128,67 @@ fn a_vm_that_dies_holds_up_neither_stop_nor_what_was_under_way() -> Result<()> {
 }
 
 #[test]
+fn an_agent_that_dies_takes_its_vm_along_and_the_pod_is_not_ready() -> Result<()> {
+    let host = Host::enter()?;
+    let before = host.leftovers()?;
+    run(async {
+        let Node {
+            mut cri,
+            image,
+            daemon: _daemon,
+            registry: _registry,
+        } = node(&host).await?;
+        // A pod that sees the guest's processes as a node's, and whose root may end them.
+        let options = cri::NamespaceOption {
+            pid: cri::NamespaceMode::Node.into(),
+            ..Default::default()
+        };
+        let mut config = pod(&host, "headless");
+        config.linux.get_or_insert_default().security_context = Some(cri::LinuxSandboxSecurityContext {
+            namespace_options: Some(options.clone()),
+            ..Default::default()
+        });
+        let pod_id = cri.run_pod(&config).await?;
+        let mut killer = container("killer", &image, &["sleep", "100000"]);
+        caisson_e2e::cri::security(&mut killer).namespace_options = Some(options);
+        let id = cri.run(&pod_id, &killer, &config).await?;
+        let (_, processes, _) = cri.exec(&id, &["ps"]).await?;
+        let agent = processes
+            .lines()
+            .find(|line| line.contains("caisson-agent agent"))
+            .and_then(|line| line.split_whitespace().next())
+            .context("no agent among the guest's processes")?;
+        // Its answer, if any, was the agent's to give.
+        let answer = tokio::time::timeout(BOUND, cri.exec(&id, &["kill", "-KILL", agent]))
+            .await
+            .context("the command that killed the agent hangs")?;
+        ensure!(answer.is_err(), "{answer:?}");
+
+        // Without an agent nobody learns how containers end: init switches the VM off, and the pod is seen to be gone.
+        caisson_e2e::eventually("the pod's end", BOUND, async || {
+            let (status, _) = cri.pod_status(&pod_id).await.ok()?;
+            (status.state() == cri::PodSandboxState::SandboxNotready).then_some(())
+        })
+        .await?;
+        caisson_e2e::eventually("the end of the VM's processes", BOUND, async || {
+            let left = host.leftovers().ok()?.processes;
+            left.is_subset(&before.processes).then_some(())
+        })
+        .await?;
+        let status = cri.status(&id).await?;
+        ensure!(
+            status.state() == cri::ContainerState::ContainerExited && status.exit_code != 0,
+            "{status:?}"
+        );
+        let refused = cri.exec(&id, &["true"]).await;
+        ensure!(refused.is_err(), "a command ran without an agent: {refused:?}");
+        cri.stop_pod(&pod_id).await?;
+        cri.remove_pod(&pod_id).await?;
+        host.leftovers()?.nothing_new_since(&before)
+    })
+}
+
+#[test]
 fn a_pod_whose_guest_hangs_over_a_restart_of_the_daemon_is_ready_again_when_it_wakes() -> Result<()> {
     let host = Host::enter()?;
     let before = host.leftovers()?;

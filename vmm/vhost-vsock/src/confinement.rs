@@ -118,3 +118,63 @@ pub(crate) fn confine() -> Result<(), ConfinementError> {
     let program: BpfProgram = filter.try_into().map_err(ConfinementError::Filter)?;
     seccompiler::apply_filter_all_threads(&program).map_err(ConfinementError::Install)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, net::TcpListener, os::unix::net::UnixStream, process::Command};
+
+    use super::*;
+
+    /// Makes this test program the one that is confined and tries to get out.
+    const ESCAPEE: &str = "CAISSON_TEST_ESCAPEE";
+
+    /// What lets a process that is taken over reach others; each with the errno that it got.
+    fn attempts() -> Vec<(&'static str, Option<i32>)> {
+        let errno = |result: std::io::Result<()>| result.err().and_then(|error| error.raw_os_error());
+        let kernel = |result: rustix::io::Result<()>| result.err().map(|error| error.raw_os_error());
+        vec![
+            ("open", errno(File::open("/etc/passwd").map(drop))),
+            ("create", errno(File::create("/tmp/caisson-escapee").map(drop))),
+            ("connect", errno(UnixStream::connect("/run/escapee").map(drop))),
+            ("listen", errno(TcpListener::bind("127.0.0.1:0").map(drop))),
+            ("execute", errno(Command::new("/bin/true").spawn().map(drop))),
+            ("remove", errno(std::fs::remove_file("/tmp/caisson-escapee"))),
+            (
+                "signal",
+                kernel(rustix::process::test_kill_process(rustix::process::getpid())),
+            ),
+            (
+                "become root",
+                kernel(rustix::thread::set_thread_uid(rustix::process::Uid::ROOT)),
+            ),
+        ]
+    }
+
+    #[test]
+    fn a_confined_process_opens_connects_and_starts_nothing() {
+        if std::env::var_os(ESCAPEE).is_some() {
+            // Before and after: what the filter does not stop would prove nothing.
+            let free = attempts();
+            confine().unwrap();
+            for ((name, before), (_, after)) in free.into_iter().zip(attempts()) {
+                println!("attempt {name}: {before:?} {after:?}");
+                assert_ne!(before, Some(libc::ENOSYS), "{name} fails without the filter");
+                assert_eq!(after, Some(libc::ENOSYS), "{name}");
+            }
+            return;
+        }
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture"])
+            .arg("confinement::tests::a_confined_process_opens_connects_and_starts_nothing")
+            .env(ESCAPEE, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(
+            child.status.success(),
+            "{said}{}",
+            String::from_utf8_lossy(&child.stderr)
+        );
+        assert_eq!(said.matches("attempt ").count(), 8, "{said}");
+    }
+}
