@@ -106,9 +106,19 @@ pub fn chain(error: &dyn Error) -> String {
 
 impl From<&RpcError> for Status {
     fn from(error: &RpcError) -> Self {
-        Self::new(error.code(), error.chain())
+        let text = error.chain();
+        let text = match error {
+            RpcError::Image(image) if image.kind() == ImageErrorKind::Unsigned => {
+                format!("{SIGNATURE_VALIDATION_FAILED}: {text}")
+            }
+            _ => text,
+        };
+        Self::new(error.code(), text)
     }
 }
+
+/// By this beginning of an error kubelet knows that a signature is at fault, and says so in the pod's status.
+const SIGNATURE_VALIDATION_FAILED: &str = "SignatureValidationFailed";
 
 /// The answer to a call of a service that is not the CRI.
 #[must_use]
@@ -141,6 +151,8 @@ fn image_code(kind: ImageErrorKind) -> Code {
         ImageErrorKind::NotFound => Code::NotFound,
         ImageErrorKind::Unauthorized => Code::PermissionDenied,
         ImageErrorKind::Unavailable => Code::Unavailable,
+        // What kubelet knows by its text is only recognized there without a code.
+        ImageErrorKind::Unsigned => Code::Unknown,
         ImageErrorKind::Refused => Code::FailedPrecondition,
         ImageErrorKind::Exhausted => Code::ResourceExhausted,
         ImageErrorKind::Deadline => Code::DeadlineExceeded,

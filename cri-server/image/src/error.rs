@@ -13,6 +13,8 @@ pub enum ErrorKind {
     Unauthorized,
     /// The registry cannot be reached, or answers what is no registry's answer. Trying again later may help.
     Unavailable,
+    /// The signature policy does not let it in.
+    Unsigned,
     /// The content is refused: wrong digest, hostile archive, too large, or of a type that is not understood.
     Refused,
     /// The disk of the store is full.
@@ -43,6 +45,14 @@ pub enum ImageError {
         /// The reference that was pulled.
         image: String,
         /// Which part, and why.
+        reason: String,
+    },
+    /// The policy for this name wants a signature that there is not.
+    #[error("the signature of image {image} is not accepted: {reason}")]
+    Signature {
+        /// The reference that was pulled.
+        image: String,
+        /// What is missing or wrong.
         reason: String,
     },
     /// The archive of a layer is refused, or could not be converted.
@@ -104,6 +114,7 @@ impl ImageError {
             Self::Reference(_) => ErrorKind::Invalid,
             Self::Registry { source, .. } => source.kind,
             Self::Content { .. } | Self::Layer { hostile: true, .. } => ErrorKind::Refused,
+            Self::Signature { .. } => ErrorKind::Unsigned,
             Self::Exhausted { .. } => ErrorKind::Exhausted,
             Self::Io { source, .. } if is_storage_full(source) => ErrorKind::Exhausted,
             Self::Joined(error) => error.kind(),
@@ -137,6 +148,8 @@ pub struct RegistryError {
     pub source: Option<Box<dyn Error + Send + Sync>>,
     /// Whether the same request may succeed a moment later.
     pub(crate) transient: bool,
+    /// How long the registry wants to be left alone first.
+    pub(crate) retry_after: Option<std::time::Duration>,
 }
 
 impl RegistryError {
@@ -147,6 +160,7 @@ impl RegistryError {
             reason: reason.into(),
             source: None,
             transient: false,
+            retry_after: None,
         }
     }
 

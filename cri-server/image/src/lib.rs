@@ -10,27 +10,35 @@
 //! Everything that a registry sends is hostile until its digest is checked: sizes and counts have caps, every wait ends, and what is refused
 //! leaves nothing behind.
 
+mod auth_files;
 mod conversion;
 mod digest;
 mod error;
 mod flights;
+mod hosts;
 mod index;
+mod layout;
 mod manifest;
 mod pull;
 mod reference;
 mod registry;
+mod signature;
 mod store;
 mod transfer;
+mod verification;
 
 use std::{fmt, path::PathBuf, sync::Arc, time::SystemTime};
 
 pub use error::{ErrorKind, ImageError, RegistryError};
+pub use signature::{SignatureRule, SignatureRules};
 
 use crate::{
     flights::{Flights, KeyedLocks},
+    layout::Layout,
     pull::{Puller, blocking},
     reference::Reference,
     registry::Transport,
+    signature::Policy,
     store::Store,
 };
 
@@ -41,9 +49,15 @@ pub struct ImageStoreConfig {
     pub root: PathBuf,
     /// Registries (`host:port`) that are spoken to over plain HTTP. Loopback addresses and `localhost` always are, as with Docker.
     pub insecure_registries: Vec<String>,
-    /// registry host -> mirrors, tried in order before the registry itself. Credentials never go to a mirror. A mirror is `host[:port]`, or
+    /// registry host -> mirrors, tried in order before the registry itself. A pull's credentials never go to a mirror. A mirror is `host[:port]`, or
     /// `http://` or `https://` with that.
     pub mirrors: std::collections::BTreeMap<String, Vec<String>>,
+    /// Directories with a `hosts.toml` or certificates for each registry, as containerd's `config_path`. Read at each pull.
+    pub hosts_dirs: Vec<PathBuf>,
+    /// `config.json` of Docker or `auth.json` of containers-auth(5), for pulls that bring no credentials. Read at each of them.
+    pub auth_files: Vec<PathBuf>,
+    /// Which images must be signed, by whom. Keys are read once, when the store is opened.
+    pub signatures: SignatureRules,
     /// More PEM files with certificate authorities. Read once, when the store is opened.
     pub ca_files: Vec<PathBuf>,
     /// Largest uncompressed image in bytes: all layers together, and the file they become.
@@ -163,16 +177,18 @@ impl ImageStore {
         let config = Arc::new(config);
         let opening = config.clone();
         let opened = tokio::task::spawn_blocking(move || {
+            let policy = Policy::new(&opening.signatures)?;
             let transport = Transport::new(opening.clone())?;
-            Ok((transport, Store::open(&opening.root)?))
+            Ok((policy, transport, Store::open(&opening.root)?))
         });
-        let (transport, store) = opened
+        let (policy, transport, store) = opened
             .await
             .map_err(|_| ImageError::Interrupted("opening the store"))??;
         let conversions = Arc::new(KeyedLocks::new());
         let puller = Puller {
             config,
             transport,
+            policy: Arc::new(policy),
             store: Arc::new(store),
             conversions,
         };
@@ -194,6 +210,43 @@ impl ImageStore {
             Some(Err(error)) => Err(ImageError::Joined(error)),
             None => Err(ImageError::Interrupted("a pull")),
         }
+    }
+
+    /// Imports the images of an OCI image layout (directory or archive) or an archive of `docker save`: all under the names that it has for
+    /// them, or the only one under `name`. With `pin`, garbage collection leaves them. What was imported before an error stays.
+    pub async fn import(
+        &self,
+        path: &std::path::Path,
+        name: Option<&str>,
+        pin: bool,
+    ) -> Result<Vec<Image>, ImageError> {
+        let (path, temporary) = (path.to_owned(), self.root().join("tmp"));
+        let max_bytes = self.puller.config.max_image_bytes;
+        let opening = tokio::task::spawn_blocking(move || Layout::open(&path, &temporary, max_bytes));
+        let layout = opening
+            .await
+            .map_err(|_| ImageError::Interrupted("opening an archive"))??;
+        let mut images = Vec::new();
+        for offer in layout.offers(name)? {
+            let mut image = self.puller.clone().import(offer).await?;
+            if pin {
+                image = self.pin(&image.id, true).await?.unwrap_or(image);
+            }
+            images.push(image);
+        }
+        Ok(images)
+    }
+
+    /// Pins the image that `reference` names, or takes the pin off: kubelet's garbage collection leaves pinned images. Unknown: nothing.
+    pub async fn pin(&self, reference: &str, pinned: bool) -> Result<Option<Image>, ImageError> {
+        let reference = reference.to_owned();
+        blocking(&self.puller.store, "pinning an image", move |store| {
+            match store.find(&reference)? {
+                Some(image) => store.pin(&image.id, pinned),
+                None => Ok(None),
+            }
+        })
+        .await
     }
 
     /// Finds by id, unique id prefix, tag or digest reference. Familiar names are completed (`busybox` -> `docker.io/library/busybox:latest`).

@@ -17,13 +17,13 @@ pub(crate) const MAX_CONFIG_BYTES: u64 = 8 << 20;
 pub(crate) const MAX_LAYERS: usize = 512;
 
 /// The platform whose images can run here.
-const OS: &str = "linux";
-const ARCHITECTURE: &str = "amd64";
+pub(crate) const OS: &str = "linux";
+pub(crate) const ARCHITECTURE: &str = "amd64";
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_SCHEMA1: &str = "application/vnd.docker.distribution.manifest.v1";
 
 /// What is asked for, in order of preference.

@@ -13,11 +13,14 @@ use crate::{
     conversion::{self, Layer},
     digest::Digest,
     flights::KeyedLocks,
+    layout::Offer,
     manifest::{self, Document, Manifest, Unusable},
     reference::Reference,
-    registry::{Fetched, Sources, Transport},
+    registry::{Endpoint, Fetched, Sources, Transport},
+    signature::Policy,
     store::{Names, Store, disk_of, failed},
     transfer::{self, CHANNEL_CHUNKS},
+    verification,
 };
 
 /// What pulls work with.
@@ -25,6 +28,8 @@ use crate::{
 pub(crate) struct Puller {
     pub(crate) config: Arc<ImageStoreConfig>,
     pub(crate) transport: Transport,
+    /// Who must have signed what.
+    pub(crate) policy: Arc<Policy>,
     pub(crate) store: Arc<Store>,
     /// By registry and image id: two references to one image convert it once. Only within a registry, so that one which is slow on purpose
     /// does not hold up an image that is also elsewhere.
@@ -38,8 +43,21 @@ impl Puller {
         reference: Reference,
         credentials: Credentials,
     ) -> Result<Image, ImageError> {
+        verification::admit(&self.policy, &reference)?;
+        let remotes = self.transport.endpoints(&reference, &credentials).await?;
+        let endpoints = remotes.into_iter().map(Box::new).map(Endpoint::Remote).collect();
+        self.pull_from(reference, endpoints).await
+    }
+
+    /// Takes an image that lies on this host, with the same checks.
+    pub(crate) async fn import(self, offer: Offer) -> Result<Image, ImageError> {
+        verification::admit(&self.policy, &offer.reference)?;
+        self.pull_from(offer.reference, vec![Endpoint::Imported(offer.endpoint)])
+            .await
+    }
+
+    async fn pull_from(self, reference: Reference, endpoints: Vec<Endpoint>) -> Result<Image, ImageError> {
         let began = SystemTime::now();
-        let endpoints = self.transport.endpoints(&reference, &credentials)?;
         let mut pull = Pull {
             sources: Sources::new(endpoints, &reference),
             puller: self,
@@ -85,6 +103,7 @@ impl Pull {
             tag: self.reference.tag_name(),
             digest: self.reference.digest_name(&top.digest),
         };
+        verification::verify(&self.puller.policy, &self.sources, &self.reference, &top.digest).await?;
         let document = self.parse(&version, &top)?;
         let chosen = match document {
             Document::Image(manifest) => return Ok((manifest, names)),

@@ -5,14 +5,16 @@
 //! buy belong to one pull, and go only to the registry that they were given for. Must not know the store, layers or EROFS.
 
 mod challenge;
+mod clients;
 mod endpoint;
+mod remote;
 mod token;
 mod transport;
 
 use std::time::Duration;
 
-pub(crate) use endpoint::{BlobStream, Endpoint};
-pub(crate) use transport::Transport;
+pub(crate) use endpoint::{BlobStream, Document, Endpoint};
+pub(crate) use transport::{Transport, is_docker_hub};
 
 use crate::{ErrorKind, RegistryError, digest::Digest, manifest::MAX_MANIFEST_BYTES, reference::Reference};
 
@@ -56,23 +58,30 @@ impl Sources {
 
     /// Fetches a manifest or index; the place that gave it becomes the preferred one.
     pub(crate) async fn manifest(&mut self, version: &str) -> Result<Fetched, RegistryError> {
-        let path = format!("{}/manifests/{version}", self.repository);
+        let (index, fetched) = self.find(version, self.preferred).await?;
+        // Who may not say what a tag is may still have the content, and was put first by the admin.
+        let document = Document::Manifest(version);
+        let passed = self.endpoints.iter().take(index).skip(self.preferred);
+        let unasked = passed.take_while(|endpoint| endpoint.offers(document)).count();
+        self.preferred += unasked;
+        Ok(fetched)
+    }
+
+    /// Fetches a manifest that is not the image's own: what is preferred stays so.
+    pub(crate) async fn other_manifest(&self, version: &str) -> Result<Fetched, RegistryError> {
+        self.find(version, 0).await.map(|(_, fetched)| fetched)
+    }
+
+    async fn find(&self, version: &str, from: usize) -> Result<(usize, Fetched), RegistryError> {
         let wanted = Digest::parse(version);
+        let wanted = (Document::Manifest(version), wanted.as_ref());
         let mut failures = Vec::new();
-        for (index, endpoint) in self.endpoints.iter().enumerate().skip(self.preferred) {
-            match document(
-                endpoint,
-                &self.repository,
-                &path,
-                MAX_MANIFEST_BYTES,
-                wanted.as_ref(),
-            )
-            .await
-            {
-                Ok(fetched) => {
-                    self.preferred = index;
-                    return Ok(fetched);
-                }
+        for (index, endpoint) in self.endpoints.iter().enumerate().skip(from) {
+            if !endpoint.offers(wanted.0) {
+                continue;
+            }
+            match document(endpoint, &self.repository, wanted, MAX_MANIFEST_BYTES).await {
+                Ok(fetched) => return Ok((index, fetched)),
                 Err(error) => failures.push(error),
             }
         }
@@ -81,10 +90,13 @@ impl Sources {
 
     /// Fetches a small blob whole, verified.
     pub(crate) async fn small_blob(&self, digest: &Digest, cap: u64) -> Result<Vec<u8>, RegistryError> {
-        let path = format!("{}/blobs/{digest}", self.repository);
+        let wanted = (Document::Blob(digest), Some(digest));
         let mut failures = Vec::new();
         for endpoint in self.endpoints() {
-            match document(endpoint, &self.repository, &path, cap, Some(digest)).await {
+            if !endpoint.offers(wanted.0) {
+                continue;
+            }
+            match document(endpoint, &self.repository, wanted, cap).await {
                 Ok(fetched) => return Ok(fetched.bytes),
                 Err(error) => failures.push(error),
             }
@@ -93,22 +105,25 @@ impl Sources {
     }
 }
 
-/// One document from one place, with retries; `wanted` is the digest it must have.
+/// One document from one place, with retries, and the digest it must have.
 async fn document(
     endpoint: &Endpoint,
     repository: &str,
-    path: &str,
+    (asked, wanted): (Document<'_>, Option<&Digest>),
     cap: u64,
-    wanted: Option<&Digest>,
 ) -> Result<Fetched, RegistryError> {
     let mut attempt = 0;
     let (bytes, content_type) = loop {
-        match endpoint.document(repository, path, cap).await {
+        match endpoint.document(repository, asked, cap).await {
             Ok(answer) => break answer,
             Err(error) if error.transient && attempt + 1 < ATTEMPTS => {
                 attempt += 1;
                 tracing::debug!(error = %crate::error::describe(&error), attempt, "registry.retry");
-                pause(attempt).await;
+                if let Some(wait) = error.retry_after {
+                    tokio::time::sleep(wait).await;
+                } else {
+                    pause(attempt).await;
+                }
             }
             Err(error) => return Err(error),
         }
@@ -120,7 +135,7 @@ async fn document(
                 let reason = format!("the content has digest {found}");
                 return Err(RegistryError::new(
                     ErrorKind::Refused,
-                    endpoint.describe(path),
+                    endpoint.describe(repository, asked),
                     reason,
                 ));
             }

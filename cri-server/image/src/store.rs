@@ -140,6 +140,7 @@ impl Store {
         if let Some(known) = images.get(&image.id) {
             image.repo_tags.clone_from(&known.repo_tags);
             image.repo_digests.clone_from(&known.repo_digests);
+            image.pinned = known.pinned;
         }
         insert_sorted(&mut image.repo_digests, &names.digest);
         let mut changed = Vec::new();
@@ -158,6 +159,20 @@ impl Store {
         images.insert(image.id.clone(), image.clone());
         self.publish(images);
         Ok(image)
+    }
+
+    /// Says whether garbage collection may take an image; nothing when there is no such image.
+    pub(crate) fn pin(&self, id: &str, pinned: bool) -> Result<Option<Image>, ImageError> {
+        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut images = BTreeMap::clone(&self.images());
+        let Some(image) = images.get_mut(id) else {
+            return Ok(None);
+        };
+        image.pinned = pinned;
+        let image = image.clone();
+        index.change(&[&image], &[])?;
+        self.publish(images);
+        Ok(Some(image))
     }
 
     /// Takes an image from the list, and its file unless it is in use.

@@ -5,6 +5,7 @@
 
 mod files;
 mod reader;
+mod signatures;
 
 use std::{
     collections::BTreeMap,
@@ -314,6 +315,9 @@ impl Config {
             "cniPluginDirs": self.network.plugin_dirs,
             "insecureRegistries": self.images.insecure_registries,
             "mirrors": self.images.mirrors,
+            "hostsDirs": self.images.hosts_dirs,
+            "authFiles": self.images.auth_files,
+            "signatureRules": self.images.signatures.keys().collect::<Vec<_>>(),
             "streamingListen": self.streaming.listen.to_string(),
             "streamingTls": self.streaming.tls.is_some(),
             "streamingIdleTimeoutSeconds": self.streaming.idle_timeout.as_secs(),
@@ -446,6 +450,9 @@ fn images(top: &mut Section, daemon: &Daemon) -> ImageStoreConfig {
             .unwrap_or_else(|| daemon.root.join("images")),
         insecure_registries: images.hosts("insecure_registries"),
         mirrors: mirrors(images),
+        hosts_dirs: images.absolutes("hosts_dirs", &["/etc/containerd/certs.d", "/etc/docker/certs.d"]),
+        auth_files: images.absolutes("auth_files", &[]),
+        signatures: signatures::read(images),
         ca_files: images.absolutes("ca_files", &[]),
         max_image_bytes: images.number::<u64>("max_image_mib", 32 << 10, 1..=1 << 24) << 20,
         stall_deadline: images.seconds("stall_deadline_seconds", 60, 1..=3600),
@@ -483,6 +490,8 @@ fn mirrors(images: &mut Section) -> BTreeMap<String, Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use caisson_image::SignatureRule;
+
     use super::*;
 
     fn from(text: &str, overrides: &Overrides) -> Result<Config, Vec<String>> {
@@ -555,8 +564,15 @@ mod tests {
             ca_files = ["/ca.pem"]
             max_image_mib = 10
             stall_deadline_seconds = 8
+            hosts_dirs = ["/certs.d"]
+            auth_files = ["/root/.docker/config.json"]
             [images.mirrors]
             "registry.k8s.io" = ["127.0.0.1:5000"]
+            [images.signatures."*"]
+            policy = "reject"
+            [images.signatures."r.example/team"]
+            policy = "cosign"
+            keys = ["/etc/caisson/team.pub"]
             "#,
             &Overrides::default(),
         )
@@ -575,6 +591,28 @@ mod tests {
         assert_eq!(config.network.plugin_deadline, Duration::from_secs(7));
         assert_eq!(config.images.max_image_bytes, 10 << 20);
         assert_eq!(config.images.mirrors["registry.k8s.io"], ["127.0.0.1:5000"]);
+        assert_eq!(config.images.hosts_dirs, [Path::new("/certs.d")]);
+        assert_eq!(config.images.auth_files, [Path::new("/root/.docker/config.json")]);
+        assert_eq!(config.images.signatures["*"], SignatureRule::Reject);
+        assert_eq!(
+            config.images.signatures["r.example/team"],
+            SignatureRule::Cosign(vec!["/etc/caisson/team.pub".into()])
+        );
+    }
+
+    #[test]
+    fn a_signature_rule_that_says_nothing_is_refused() {
+        for (rule, told) in [
+            ("", "policy: is missing"),
+            ("policy = 'sigstore'", "\"sigstore\" is not one of"),
+            ("policy = 'cosign'", "keys: a rule with cosign needs"),
+            ("policy = 'accept'\nkeys = ['/k']", "keys: has an effect"),
+            ("policy = 'cosign'\nkeys = ['k']", "not an absolute path"),
+        ] {
+            let text = format!("[images.signatures.'r.example']\n{rule}");
+            let problems = from(&text, &Overrides::default()).unwrap_err();
+            assert!(problems[0].contains(told), "{rule}: {problems:?}");
+        }
     }
 
     #[test]

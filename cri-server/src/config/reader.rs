@@ -54,6 +54,11 @@ impl Section {
         value
     }
 
+    /// The keys that were not read yet.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.table.keys().cloned().collect()
+    }
+
     /// Everything that was wrong.
     pub(super) fn finish(mut self) -> Vec<String> {
         self.unknown_keys();

@@ -136,6 +136,11 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
+    /// Bytes taken from the input: after [`Archive::next_entry`], where the entry's contents begin.
+    pub(crate) fn position(&self) -> u64 {
+        self.offset
+    }
+
     /// Reads what follows the archive until the input ends, so that digests over it are complete.
     pub(crate) fn drain(mut self) -> Result<(), ErofsError> {
         let end = self.offset;

@@ -1,104 +1,73 @@
-//! One place that speaks the registry protocol, with the authorization of one pull.
+//! One place that content comes from: a registry over HTTP, or an archive or directory that is imported.
 
-use std::{
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
 use bytes::Bytes;
-use reqwest::{
-    RequestBuilder, Response, StatusCode, Url,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, RANGE, WWW_AUTHENTICATE},
+use reqwest::Response;
+
+use super::remote::{self, Remote};
+use crate::{
+    ErrorKind, RegistryError,
+    digest::Digest,
+    layout::{Imported, Section},
 };
-use serde::Deserialize;
-use tokio::time::{Instant, timeout};
 
-use super::{
-    challenge::{self, Challenge},
-    token::{self, Purpose},
-};
-use crate::{Credentials, ErrorKind, RegistryError, digest::Digest, manifest::ACCEPTED};
-
-/// What is read of an error's body.
-const MAX_ERROR_ANSWER: u64 = 16 << 10;
-/// A whole document has this many times the stall deadline, however slowly it drips.
-const DOCUMENT_PATIENCE: u32 = 8;
-
-/// A registry or a mirror.
-pub(crate) struct Endpoint {
-    http: reqwest::Client,
-    base: Url,
-    mirror_of: Option<String>,
-    credentials: Credentials,
-    authorization: Mutex<Option<Authorization>>,
-    stall: Duration,
+/// A document that is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Document<'a> {
+    /// A manifest or index, by tag or digest.
+    Manifest(&'a str),
+    /// A small blob, by digest.
+    Blob(&'a Digest),
 }
 
-/// What goes with a request, once it is known what the registry wants.
-#[derive(Clone, PartialEq, Eq)]
-enum Authorization {
-    /// The pull's user and password.
-    Basic,
-    /// A token, as header.
-    Bearer(HeaderValue),
+impl Document<'_> {
+    fn path(self, repository: &str) -> String {
+        match self {
+            Self::Manifest(version) => format!("{repository}/manifests/{version}"),
+            Self::Blob(digest) => format!("{repository}/blobs/{digest}"),
+        }
+    }
 }
 
-/// A blob that is coming in.
-#[derive(Debug)]
-pub(crate) struct BlobStream {
-    response: Response,
-    /// Where in the blob the stream starts: the offset asked for, or 0 when the registry ignores ranges.
-    pub(crate) start: u64,
-    tried: String,
-    stall: Duration,
+/// A registry, a mirror, or what is imported.
+pub(crate) enum Endpoint {
+    /// Over HTTP.
+    Remote(Box<Remote>),
+    /// From this host.
+    Imported(Imported),
 }
 
 impl Endpoint {
-    pub(super) fn new(
-        http: reqwest::Client,
-        base: Url,
-        mirror_of: Option<String>,
-        credentials: Credentials,
-        stall: Duration,
-    ) -> Self {
-        let authorization = match &credentials {
-            Credentials::Bearer(token) => bearer(token),
-            _ => None,
-        };
-        Self {
-            http,
-            base,
-            mirror_of,
-            credentials,
-            authorization: Mutex::new(authorization),
-            stall,
+    /// Whether it may be asked for `document`.
+    pub(super) fn offers(&self, document: Document<'_>) -> bool {
+        match (self, document) {
+            (Self::Imported(_), _) => true,
+            (Self::Remote(remote), Document::Manifest(version)) if Digest::parse(version).is_none() => {
+                remote.resolves()
+            }
+            (Self::Remote(remote), _) => remote.pulls(),
         }
     }
 
-    /// The request for `path` in words, for errors.
-    pub(crate) fn describe(&self, path: &str) -> String {
-        format!("GET {}{path}", self.base)
+    /// The request in words, for errors.
+    pub(super) fn describe(&self, repository: &str, document: Document<'_>) -> String {
+        match self {
+            Self::Remote(remote) => remote.describe(&document.path(repository)),
+            Self::Imported(imported) => imported.describe(document),
+        }
     }
 
     /// A whole document of at most `cap` bytes, and its content type.
     pub(super) async fn document(
         &self,
         repository: &str,
-        path: &str,
+        document: Document<'_>,
         cap: u64,
     ) -> Result<(Vec<u8>, String), RegistryError> {
-        let tried = self.describe(path);
-        let whole = async {
-            let response = self.get(repository, path, None).await?;
-            let content_type = header(&response, CONTENT_TYPE.as_str());
-            Ok((
-                read_capped(response, cap, &tried, self.stall).await?,
-                content_type,
-            ))
-        };
-        match timeout(self.stall * DOCUMENT_PATIENCE, whole).await {
-            Ok(answer) => answer,
-            Err(_) => Err(stalled(&tried, self.stall * DOCUMENT_PATIENCE)),
+        match self {
+            Self::Remote(remote) => remote.document(repository, &document.path(repository), cap).await,
+            Self::Imported(imported) => imported.document(document, cap).await,
         }
     }
 
@@ -109,129 +78,70 @@ impl Endpoint {
         digest: &Digest,
         offset: u64,
     ) -> Result<BlobStream, RegistryError> {
-        let path = format!("{repository}/blobs/{digest}");
-        let response = self.get(repository, &path, Some(offset)).await?;
-        BlobStream::new(response, offset, self.describe(&path), self.stall)
+        match self {
+            Self::Remote(remote) if remote.pulls() => remote.blob(repository, digest, offset).await,
+            Self::Remote(_) => {
+                let tried = self.describe(repository, Document::Blob(digest));
+                let reason = "its capabilities do not include \"pull\"";
+                Err(RegistryError::new(ErrorKind::NotFound, tried, reason))
+            }
+            Self::Imported(imported) => imported.blob(digest, offset),
+        }
     }
 
     /// A blob from an address of its own, which must be HTTPS and never sees credentials.
     pub(crate) async fn foreign(&self, address: &str, offset: u64) -> Result<BlobStream, RegistryError> {
-        let tried = format!("GET {address:?}");
-        let url = Url::parse(address)
-            .ok()
-            .filter(|url| url.scheme() == "https")
-            .ok_or_else(|| {
-                RegistryError::new(
-                    ErrorKind::Refused,
-                    tried.as_str(),
-                    "only https addresses of layers are followed",
-                )
-            })?;
-        let response = send(with_range(self.http.get(url), Some(offset)), &tried, self.stall).await?;
-        if !response.status().is_success() {
-            return Err(failure(response, &tried, self.stall).await);
+        match self {
+            Self::Remote(remote) => remote.foreign(address, offset).await,
+            Self::Imported(_) => Err(RegistryError::new(
+                ErrorKind::NotFound,
+                format!("layer {address:?}"),
+                "an import fetches nothing from elsewhere",
+            )),
         }
-        BlobStream::new(response, offset, tried, self.stall)
-    }
-
-    /// Sends, and answers a challenge once: with a first token, or with a new one when the old has expired.
-    async fn get(
-        &self,
-        repository: &str,
-        path: &str,
-        offset: Option<u64>,
-    ) -> Result<Response, RegistryError> {
-        let tried = self.describe(path);
-        let mut url = self
-            .base
-            .join(path)
-            .map_err(|_| RegistryError::new(ErrorKind::Invalid, tried.as_str(), "this is no address"))?;
-        if let Some(registry) = &self.mirror_of {
-            url.query_pairs_mut().append_pair("ns", registry);
-        }
-        let mut challenged = false;
-        loop {
-            let request = with_range(self.http.get(url.clone()).header(ACCEPT, ACCEPTED), offset);
-            let response = send(self.authorized(request), &tried, self.stall).await?;
-            match response.status() {
-                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(response),
-                StatusCode::UNAUTHORIZED if !challenged => {
-                    challenged = true;
-                    if !self.authorize(&response, repository).await? {
-                        return Err(failure(response, &tried, self.stall).await);
-                    }
-                }
-                _ => return Err(failure(response, &tried, self.stall).await),
-            }
-        }
-    }
-
-    fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
-        let authorization = self
-            .authorization
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        match (authorization, &self.credentials) {
-            (Some(Authorization::Bearer(token)), _) => request.header(AUTHORIZATION, token),
-            (Some(Authorization::Basic), Credentials::Basic { username, password }) => {
-                request.basic_auth(username, Some(password))
-            }
-            _ => request,
-        }
-    }
-
-    /// Whether there is something new to show for the challenge in `response`.
-    async fn authorize(&self, response: &Response, repository: &str) -> Result<bool, RegistryError> {
-        let challenges = response.headers().get_all(WWW_AUTHENTICATE);
-        let challenge = challenge::strongest(challenges.iter().filter_map(|value| value.to_str().ok()));
-        let authorization = match (challenge, &self.credentials) {
-            // A token that was given is all there is: no other can be made of it.
-            (None, _) | (_, Credentials::Bearer(_)) => None,
-            (Some(Challenge::Basic), Credentials::Basic { .. }) => Some(Authorization::Basic),
-            (Some(Challenge::Basic), _) => None,
-            (Some(Challenge::Bearer { realm, service }), credentials) => {
-                let purpose = Purpose {
-                    realm: &realm,
-                    service: service.as_deref(),
-                    repository,
-                    plain: self.base.scheme() == "http",
-                };
-                bearer(&token::buy(&self.http, &purpose, credentials, self.stall).await?)
-            }
-        };
-        let mut current = self.authorization.lock().unwrap_or_else(PoisonError::into_inner);
-        let news = authorization.is_some() && *current != authorization;
-        if news {
-            *current = authorization;
-        }
-        Ok(news)
     }
 }
 
+/// A blob that is coming in.
+#[derive(Debug)]
+pub(crate) struct BlobStream {
+    source: Source,
+    /// Where in the blob the stream starts: the offset asked for, or 0 when the registry ignores ranges.
+    pub(crate) start: u64,
+    tried: String,
+}
+
+#[derive(Debug)]
+enum Source {
+    Response(Response, Duration),
+    Section(Section),
+}
+
 impl BlobStream {
-    fn new(response: Response, offset: u64, tried: String, stall: Duration) -> Result<Self, RegistryError> {
-        let start = if response.status() == StatusCode::PARTIAL_CONTENT {
-            let range = header(&response, CONTENT_RANGE.as_str());
-            if !range.starts_with(&format!("bytes {offset}-")) {
-                let reason = format!("asked for the bytes from {offset} on, got the range {range:?}");
-                return Err(RegistryError::new(ErrorKind::Unavailable, tried, reason));
-            }
-            offset
-        } else {
-            0
-        };
-        Ok(Self {
-            response,
+    /// Out of an answer; a wait for the next bytes ends after `stall`.
+    pub(super) fn remote(response: Response, start: u64, tried: String, stall: Duration) -> Self {
+        Self {
+            source: Source::Response(response, stall),
             start,
             tried,
-            stall,
-        })
+        }
+    }
+
+    /// Out of a file, from `start` on.
+    pub(crate) fn local(section: Section, start: u64, tried: String) -> Self {
+        Self {
+            source: Source::Section(section),
+            start,
+            tried,
+        }
     }
 
     /// Bytes that the stream says it will bring, when it says.
     pub(crate) fn announced(&self) -> Option<u64> {
-        self.response.content_length()
+        match &self.source {
+            Source::Response(response, _) => response.content_length(),
+            Source::Section(section) => Some(section.len()),
+        }
     }
 
     /// The request in words, for errors.
@@ -241,171 +151,12 @@ impl BlobStream {
 
     /// The next bytes; nothing at the end.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, RegistryError> {
-        next_chunk(&mut self.response, &self.tried, self.stall).await
-    }
-}
-
-fn with_range(request: RequestBuilder, offset: Option<u64>) -> RequestBuilder {
-    match offset {
-        Some(offset) if offset > 0 => request.header(RANGE, format!("bytes={offset}-")),
-        _ => request,
-    }
-}
-
-/// A token as header, marked so that no log shows it. Nothing when it cannot be one: tokens come from outside.
-fn bearer(token: &str) -> Option<Authorization> {
-    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
-    value.set_sensitive(true);
-    Some(Authorization::Bearer(value))
-}
-
-fn header(response: &Response, name: &str) -> String {
-    response
-        .headers()
-        .get(name)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default()
-        .to_owned()
-}
-
-/// Sends a request and waits for the head of its answer.
-pub(super) async fn send(
-    request: RequestBuilder,
-    tried: &str,
-    stall: Duration,
-) -> Result<Response, RegistryError> {
-    match timeout(stall, request.send()).await {
-        Ok(Ok(response)) => Ok(response),
-        Ok(Err(error)) => Err(broken(error, tried)),
-        Err(_) => Err(stalled(tried, stall)),
-    }
-}
-
-async fn next_chunk(
-    response: &mut Response,
-    tried: &str,
-    stall: Duration,
-) -> Result<Option<Bytes>, RegistryError> {
-    let began = Instant::now();
-    loop {
-        match timeout(stall.saturating_sub(began.elapsed()), response.chunk()).await {
-            // An empty chunk is no progress.
-            Ok(Ok(Some(bytes))) if bytes.is_empty() => {}
-            Ok(Ok(chunk)) => return Ok(chunk),
-            Ok(Err(error)) => return Err(broken(error, tried)),
-            Err(_) => return Err(stalled(tried, stall)),
+        match &mut self.source {
+            Source::Response(response, stall) => remote::next_chunk(response, &self.tried, *stall).await,
+            Source::Section(section) => section.next().await.map_err(|error| {
+                RegistryError::new(ErrorKind::Internal, self.tried.as_str(), "it cannot be read")
+                    .because(error)
+            }),
         }
-    }
-}
-
-/// A whole body of at most `cap` bytes.
-pub(super) async fn read_capped(
-    mut response: Response,
-    cap: u64,
-    tried: &str,
-    stall: Duration,
-) -> Result<Vec<u8>, RegistryError> {
-    let mut body = Vec::new();
-    while let Some(chunk) = next_chunk(&mut response, tried, stall).await? {
-        body.extend_from_slice(&chunk);
-        if body.len() as u64 > cap {
-            let reason = format!("the answer is larger than {cap} bytes");
-            return Err(RegistryError::new(ErrorKind::Refused, tried, reason));
-        }
-    }
-    Ok(body)
-}
-
-fn stalled(tried: &str, stall: Duration) -> RegistryError {
-    let reason = format!("no progress for {} s", stall.as_secs_f32());
-    RegistryError::new(ErrorKind::Deadline, tried, reason)
-}
-
-/// The connection could not be made, broke, or does not carry HTTP.
-fn broken(error: reqwest::Error, tried: &str) -> RegistryError {
-    let (reason, transient) = if error.is_timeout() {
-        ("the connection could not be made in time", false)
-    } else if error.is_connect() {
-        ("cannot connect", false)
-    } else if error.is_redirect() {
-        ("the redirect is refused", false)
-    } else {
-        ("the connection broke", true)
-    };
-    let failure = RegistryError::new(ErrorKind::Unavailable, tried, reason).because(error.without_url());
-    if transient { failure.transient() } else { failure }
-}
-
-/// What an answer without success means.
-async fn failure(response: Response, tried: &str, stall: Duration) -> RegistryError {
-    let status = response.status();
-    let kind = match status.as_u16() {
-        401 | 403 => ErrorKind::Unauthorized,
-        404 => ErrorKind::NotFound,
-        _ => ErrorKind::Unavailable,
-    };
-    let body = read_capped(response, MAX_ERROR_ANSWER, tried, stall)
-        .await
-        .unwrap_or_default();
-    let error = RegistryError::new(kind, tried, format!("{status}{}", said(&body)));
-    if status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error() {
-        error.transient()
-    } else {
-        error
-    }
-}
-
-#[derive(Deserialize)]
-struct Errors {
-    errors: Vec<OneError>,
-}
-
-#[derive(Deserialize)]
-struct OneError {
-    #[serde(default)]
-    code: String,
-    #[serde(default)]
-    message: String,
-}
-
-/// The registry's own words, when its body has the form the specification gives errors. Printable, and not long.
-pub(super) fn said(body: &[u8]) -> String {
-    let Ok(Errors { errors }) = serde_json::from_slice(body) else {
-        return String::new();
-    };
-    let words: Vec<_> = errors
-        .iter()
-        .take(4)
-        .map(|one| format!("{}: {}", one.code, one.message))
-        .collect();
-    if words.is_empty() {
-        return String::new();
-    }
-    let words: String = words
-        .join("; ")
-        .chars()
-        .take(400)
-        .flat_map(char::escape_debug)
-        .collect();
-    format!(" ({words})")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_registrys_words_are_printable_and_short() {
-        let body = serde_json::json!({"errors": [{"code": "DENIED", "message": "no\u{1b}[31m"}]}).to_string();
-        assert_eq!(said(body.as_bytes()), " (DENIED: no\\u{1b}[31m)");
-        assert_eq!(said(b"<html>"), "");
-        let long = serde_json::json!({"errors": [{"code": "X", "message": "y".repeat(10_000)}]}).to_string();
-        assert!(said(long.as_bytes()).len() < 500);
-    }
-
-    #[test]
-    fn a_token_that_is_no_header_is_not_used() {
-        assert!(bearer("abc").is_some());
-        assert!(bearer("a\r\nHost: b").is_none());
     }
 }

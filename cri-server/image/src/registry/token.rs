@@ -5,7 +5,7 @@ use std::time::Duration;
 use reqwest::{RequestBuilder, Url};
 use serde::Deserialize;
 
-use super::endpoint::{read_capped, send};
+use super::remote::{read_capped, send};
 use crate::{Credentials, ErrorKind, RegistryError};
 
 const MAX_TOKEN_ANSWER: u64 = 1 << 20;
@@ -57,7 +57,7 @@ pub(super) async fn buy(
             429 | 500..=599 => (ErrorKind::Unavailable, true),
             _ => (ErrorKind::Unauthorized, false),
         };
-        let reason = format!("{status}{}", super::endpoint::said(&body));
+        let reason = format!("{status}{}", super::remote::said(&body));
         let error = RegistryError::new(kind, tried, reason);
         return Err(if transient { error.transient() } else { error });
     }

@@ -1,97 +1,129 @@
-//! How registries are reached: addresses, plain HTTP or TLS, mirrors.
+//! How registries are reached: addresses, plain HTTP or TLS, mirrors, and whose credentials go where.
 
-use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc};
 
-use reqwest::{Url, redirect};
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use reqwest::{Url, header::HeaderMap};
 
-use super::endpoint::Endpoint;
-use crate::{Credentials, ImageError, ImageStoreConfig, reference::Reference};
-
-const MAX_REDIRECTS: usize = 10;
+use super::{
+    clients::Clients,
+    remote::{Place, Remote},
+};
+use crate::{
+    Credentials, ImageError, ImageStoreConfig, auth_files,
+    hosts::{self, Host, Reach},
+    reference::Reference,
+};
 
 /// Shared by all pulls: connection pools, and who is reached how.
 #[derive(Clone)]
 pub(crate) struct Transport {
-    proxied: reqwest::Client,
-    direct: reqwest::Client,
+    clients: Arc<Clients>,
     config: Arc<ImageStoreConfig>,
 }
 
 impl Transport {
-    /// Reads the system's certificate authorities and the configured ones: once, so a changed CA needs a restart.
+    /// Reads the system's certificate authorities and the configured ones.
     pub(crate) fn new(config: Arc<ImageStoreConfig>) -> Result<Self, ImageError> {
-        let tls = tls(&config.ca_files)?;
-        let build = |direct: bool| {
-            let builder = reqwest::Client::builder()
-                .tls_backend_preconfigured(tls.clone())
-                .connect_timeout(config.stall_deadline)
-                .pool_idle_timeout(Duration::from_secs(15))
-                .user_agent(concat!("caisson/", env!("CARGO_PKG_VERSION")))
-                .redirect(redirect::Policy::custom(follow));
-            let builder = if direct { builder.no_proxy() } else { builder };
-            builder.build().map_err(|error| {
-                ImageError::Configuration(format!("no HTTP client: {}", crate::error::describe(&error)))
-            })
-        };
+        let clients = Clients::new(&config.ca_files, config.stall_deadline)?;
         Ok(Self {
-            proxied: build(false)?,
-            direct: build(true)?,
+            clients: Arc::new(clients),
             config,
         })
     }
 
-    /// Mirrors in their order, without credentials, then the registry itself.
-    pub(crate) fn endpoints(
+    /// Mirrors in their order, then the registry itself. The pull's credentials, or the host's when it has none, go to the registry; a
+    /// mirror gets only what the host has for that mirror.
+    pub(crate) async fn endpoints(
         &self,
         reference: &Reference,
         credentials: &Credentials,
-    ) -> Result<Vec<Endpoint>, ImageError> {
+    ) -> Result<Vec<Remote>, ImageError> {
         let registry = reference.registry();
+        let hosts = self.hosts(registry).await?;
         let mut endpoints = Vec::new();
-        for mirror in self.config.mirrors.get(registry).into_iter().flatten() {
-            endpoints.push(self.endpoint(mirror, Some(registry), Credentials::Anonymous)?);
+        for host in hosts {
+            let credentials = if host.is_server {
+                match credentials {
+                    Credentials::Anonymous => self.own_credentials(registry, reference).await?,
+                    given => given.clone(),
+                }
+            } else {
+                let place = authority(&host.base);
+                self.own_credentials(&place, reference).await?
+            };
+            endpoints.push(self.remote(host, registry, credentials)?);
         }
-        let host = if registry == "docker.io" {
+        Ok(endpoints)
+    }
+
+    async fn own_credentials(&self, place: &str, reference: &Reference) -> Result<Credentials, ImageError> {
+        auth_files::find(&self.config.auth_files, place, reference.repository())
+            .await
+            .map_err(|source| ImageError::Registry {
+                image: reference.to_string(),
+                source,
+            })
+    }
+
+    /// Configured mirrors first, then what the directories say.
+    async fn hosts(&self, registry: &str) -> Result<Vec<Host>, ImageError> {
+        let mut hosts = Vec::new();
+        for mirror in self.config.mirrors.get(registry).into_iter().flatten() {
+            let base = self.base(mirror)?;
+            hosts.push(plain_host(base, false));
+        }
+        let own = if is_docker_hub(registry) {
             "registry-1.docker.io"
         } else {
             registry
         };
-        endpoints.push(self.endpoint(host, None, credentials.clone())?);
-        Ok(endpoints)
+        let base = self.base(own)?;
+        let (roots, name) = (self.config.hosts_dirs.clone(), registry.to_owned());
+        let address = base.origin().ascii_serialization();
+        let found = tokio::task::spawn_blocking(move || hosts::find(&roots, &name, &address)).await;
+        match found.map_err(|_| ImageError::Interrupted("reading hosts.toml"))? {
+            Ok(Some(found)) => hosts.extend(found),
+            Ok(None) => hosts.push(plain_host(base, true)),
+            Err(reason) => return Err(ImageError::Configuration(reason)),
+        }
+        Ok(hosts)
     }
 
-    fn endpoint(
-        &self,
-        address: &str,
-        mirror_of: Option<&str>,
-        credentials: Credentials,
-    ) -> Result<Endpoint, ImageError> {
+    fn base(&self, address: &str) -> Result<Url, ImageError> {
         let base = if address.starts_with("http://") || address.starts_with("https://") {
             format!("{}/v2/", address.trim_end_matches('/'))
         } else {
             let scheme = if self.is_plain(address) { "http" } else { "https" };
             format!("{scheme}://{address}/v2/")
         };
-        let base = Url::parse(&base)
-            .map_err(|error| ImageError::Configuration(format!("registry address {address:?}: {error}")))?;
-        let http = if base.host_str().is_some_and(is_loopback) {
-            &self.direct
+        Url::parse(&base)
+            .map_err(|error| ImageError::Configuration(format!("registry address {address:?}: {error}")))
+    }
+
+    fn remote(&self, host: Host, registry: &str, credentials: Credentials) -> Result<Remote, ImageError> {
+        let direct = host.base.host_str().is_some_and(is_loopback);
+        let common = self.clients.common(direct);
+        let special = host.reach != Reach::default() || !host.headers.is_empty();
+        let http = if special {
+            self.clients.special(&host.reach, direct)?
         } else {
-            &self.proxied
+            common.clone()
         };
-        let mirror_of = mirror_of.map(ToOwned::to_owned);
-        Ok(Endpoint::new(
-            http.clone(),
-            base,
-            mirror_of,
-            credentials,
-            self.config.stall_deadline,
-        ))
+        let place = Place {
+            http,
+            base: host.base,
+            headers: host.headers,
+            // Where a redirect leads is not this place any more, and is reached like any other.
+            strangers: special.then(|| self.clients.common(false).clone()),
+            mirror_of: (!host.is_server).then(|| registry.to_owned()),
+            resolves: host.resolves,
+            pulls: host.pulls,
+        };
+        Ok(Remote::new(place, credentials, self.config.stall_deadline))
     }
 
     /// Configured as insecure, or on this machine: Docker's rule, so that a registry on loopback needs no certificate. One with a certificate
-    /// is reached by a mirror entry that starts with `https://`, or by a name that is not `localhost`.
+    /// is reached by an address that starts with `https://`, or by a name that is not `localhost`.
     fn is_plain(&self, address: &str) -> bool {
         let host = Url::parse(&format!("http://{address}")).ok();
         self.config
@@ -102,64 +134,39 @@ impl Transport {
     }
 }
 
+fn plain_host(base: Url, is_server: bool) -> Host {
+    Host {
+        base,
+        is_server,
+        resolves: true,
+        pulls: true,
+        reach: Reach::default(),
+        headers: HeaderMap::new(),
+    }
+}
+
+/// `host[:port]`, as references write it.
+fn authority(base: &Url) -> String {
+    let host = base.host_str().unwrap_or_default();
+    match base.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
+}
+
+/// Docker Hub goes by several names.
+pub(crate) fn is_docker_hub(host: &str) -> bool {
+    ["docker.io", "index.docker.io", "registry-1.docker.io"]
+        .iter()
+        .any(|name| name.eq_ignore_ascii_case(host))
+}
+
 fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost"
         || address
             .parse::<IpAddr>()
             .is_ok_and(|address| address.is_loopback())
-}
-
-/// Follows a registry to its blob storage, but never from TLS to plain text.
-fn follow(attempt: redirect::Attempt<'_>) -> redirect::Action {
-    let from_tls = attempt
-        .previous()
-        .last()
-        .is_some_and(|from| from.scheme() == "https");
-    if attempt.previous().len() > MAX_REDIRECTS {
-        attempt.error("too many redirects")
-    } else if from_tls && attempt.url().scheme() != "https" {
-        attempt.error("a redirect from https to http is not followed")
-    } else {
-        attempt.follow()
-    }
-}
-
-fn tls(ca_files: &[std::path::PathBuf]) -> Result<rustls::ClientConfig, ImageError> {
-    let mut roots = rustls::RootCertStore::empty();
-    let native = rustls_native_certs::load_native_certs();
-    for error in &native.errors {
-        tracing::warn!(%error, "registry.system_certificates");
-    }
-    roots.add_parsable_certificates(native.certs);
-    for file in ca_files {
-        add_authorities(&mut roots, file)?;
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| ImageError::Configuration(format!("TLS: {error}")))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(config)
-}
-
-fn add_authorities(roots: &mut rustls::RootCertStore, file: &Path) -> Result<(), ImageError> {
-    let refuse = |reason: String| ImageError::Configuration(format!("ca file {}: {reason}", file.display()));
-    let certificates = CertificateDer::pem_file_iter(file).map_err(|error| refuse(error.to_string()))?;
-    let mut added = 0;
-    for certificate in certificates {
-        let certificate = certificate.map_err(|error| refuse(error.to_string()))?;
-        roots
-            .add(certificate)
-            .map_err(|error| refuse(error.to_string()))?;
-        added += 1;
-    }
-    if added == 0 {
-        Err(refuse("it holds no certificate".into()))
-    } else {
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -7,11 +7,16 @@
     reason = "helpers of tests: a failure in one is a failure of the test"
 )]
 
+mod credentials;
 mod fake;
 mod fixture;
 mod hostile;
+mod hosts;
+mod import;
+mod layers;
 mod real;
 mod server_process;
 mod sharing;
+mod signatures;
 mod store;
 mod tokens;
