@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::Overrides;
+use crate::{config::Overrides, image_command::ImageCommand};
 
 /// Kubernetes node daemon that runs every pod as a microVM.
 #[derive(Debug, Parser)]
@@ -29,7 +29,7 @@ pub struct Cli {
 }
 
 /// What caissond can do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Serve the CRI until SIGTERM; pods go on running and are found again at the next start (the default)
     Serve,
@@ -45,6 +45,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// List, import and pin images: through the daemon when one runs, else in its store
+    #[command(subcommand)]
+    Image(ImageCommand),
 }
 
 const EXAMPLES: &str = "\
@@ -57,6 +60,10 @@ Examples:
 
   Talk to it:
       crictl --runtime-endpoint unix:///tmp/c/run/caisson.sock info
+
+  Bring images to a node without a registry:
+      docker save registry.example/app:v1 | caissond image import -
+      caissond image import --pin /media/layout
 
   Give it to kubelet:
       kubelet --container-runtime-endpoint=unix:///run/caisson/caisson.sock
@@ -72,7 +79,9 @@ Configuration file (TOML; every key may be left out):
                  user = \"per-vm\"|\"uid:gid\"|\"root\", uid_base
   [network]     conf_dir, plugin_dirs = [], cache_dir, netns_dir, plugin_deadline_seconds = 60
   [images]      root, insecure_registries = [], ca_files = [], max_image_mib = 32768, stall_deadline_seconds = 60
+                hosts_dirs = [\"/etc/containerd/certs.d\", \"/etc/docker/certs.d\"], auth_files = []
   [images.mirrors]  \"registry.k8s.io\" = [\"mirror.example:5000\"]
+  [images.signatures.\"registry.example/team\"]  policy = \"accept\"|\"reject\"|\"cosign\", keys = []
 ";
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod config;
 pub mod daemon;
 pub mod deadline;
 mod drivers;
+pub mod image_command;
 pub mod inquiry;
 pub mod metrics;
 pub mod notify;

@@ -12,7 +12,7 @@ use caissond::{
     check,
     cli::{Cli, Command},
     config::Config,
-    daemon, inquiry,
+    daemon, image_command, inquiry,
 };
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     few_arenas();
     let config = Config::load(cli.config.as_deref(), &cli.overrides)?;
-    match cli.command.unwrap_or(Command::Serve) {
+    match cli.command.clone().unwrap_or(Command::Serve) {
         Command::Serve => {
             log_to_stderr(&config.daemon.log)?;
             runtime()?.block_on(daemon::serve(config))?;
@@ -56,6 +56,11 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Status { json } => {
             let answer = runtime()?.block_on(inquiry::ask(&config.daemon.socket))?;
             print!("{}", if json { answer.json() } else { answer.text() });
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Image(command) => {
+            log_to_stderr("warn")?;
+            print!("{}", runtime()?.block_on(image_command::run(&config, command))?);
             Ok(ExitCode::SUCCESS)
         }
     }

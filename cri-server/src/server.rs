@@ -1,13 +1,16 @@
 //! Serves the CRI on a Unix socket until told to stop.
 //!
-//! Both services share one connection, as kubelet and crictl expect; a small dispatcher stands where a router would, and answers
-//! services that the CRI does not have with UNIMPLEMENTED.
+//! Both services share one connection, as kubelet and crictl expect, with the one that `caissond image` uses; a small dispatcher stands
+//! where a router would, and answers services that there are not with UNIMPLEMENTED.
 
 use std::{convert::Infallible, future::Future, os::unix::net::UnixListener, pin::Pin, time::Duration};
 
-use caisson_cri_api::v1::{
-    image_service_server::{self, ImageServiceServer},
-    runtime_service_server::{self, RuntimeServiceServer},
+use caisson_cri_api::{
+    admin::images_server::{self, ImagesServer},
+    v1::{
+        image_service_server::{self, ImageServiceServer},
+        runtime_service_server::{self, RuntimeServiceServer},
+    },
 };
 use http::{Request, Response};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -63,17 +66,19 @@ pub enum ServeError {
     Transport(#[source] tonic::transport::Error),
 }
 
-/// Both services of the CRI, told apart by the path's first part.
+/// Both services of the CRI and the admin's, told apart by the path's first part.
 #[derive(Clone)]
 struct Dispatch {
     runtime: RuntimeServiceServer<Cri>,
     image: ImageServiceServer<Cri>,
+    admin_images: ImagesServer<Cri>,
 }
 
 impl Dispatch {
     fn new(cri: Cri) -> Self {
         Self {
             runtime: RuntimeServiceServer::new(cri.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            admin_images: ImagesServer::new(cri.clone()),
             image: ImageServiceServer::new(cri).max_decoding_message_size(MAX_MESSAGE_BYTES),
         }
     }
@@ -93,6 +98,7 @@ impl Service<Request<Body>> for Dispatch {
         let call = match service(request.uri().path()) {
             Some(runtime_service_server::SERVICE_NAME) => self.runtime.call(request),
             Some(image_service_server::SERVICE_NAME) => self.image.call(request),
+            Some(images_server::SERVICE_NAME) => self.admin_images.call(request),
             other => {
                 let answer = status::unknown_service(other.unwrap_or_default()).into_http();
                 Box::pin(async { Ok(answer) })

@@ -5,6 +5,7 @@
 
 pub mod service;
 
+mod admin_images;
 mod attach;
 mod checkpoint_container;
 mod container_stats;

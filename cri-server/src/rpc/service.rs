@@ -31,6 +31,11 @@ impl Cri {
     pub fn new(runtime: Runtime) -> Self {
         Self { runtime }
     }
+
+    /// What the handlers work with.
+    pub(super) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
 }
 
 /// An id as the request gives it; absent ones are refused, since the empty prefix fits everything.
