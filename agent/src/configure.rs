@@ -23,7 +23,7 @@ use crate::{
     launch, names, network,
     stage::{self, POD_SHM},
     stage_spec::StageSpec,
-    sysctl,
+    sysctl, user_namespace,
 };
 
 /// Where containers' writable layers are.
@@ -36,6 +36,12 @@ const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 
 /// Most bytes of entropy in a request.
 const MAX_ENTROPY: usize = 4096;
+
+/// What root in a user namespace would otherwise be able to do by CAP_NET_BIND_SERVICE and CAP_NET_RAW.
+const UNPRIVILEGED_NETWORK: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
 
 /// Does it, or repeats the answer of the same request before. Blocking.
 pub(crate) fn configure(
@@ -54,13 +60,14 @@ pub(crate) fn configure(
     let done = apply(&request, &plan);
     let mut sandbox = guest.sandbox();
     match done {
-        Ok((reply, pod_reaper)) => {
+        Ok(made) => {
             *sandbox = Sandbox::Configured(Box::new(Configured {
                 request: key,
-                reply,
-                pod_reaper: pod_reaper.map(Arc::new),
+                reply: made.reply,
+                pod_reaper: made.pod_reaper.map(Arc::new),
+                user_namespace: made.user_namespace.map(Arc::new),
             }));
-            Ok(reply)
+            Ok(made.reply)
         }
         Err(error) => {
             *sandbox = Sandbox::Blank;
@@ -80,6 +87,9 @@ fn check(request: &v1::ConfigureSandboxRequest) -> Result<network::Plan, AgentEr
             "entropy",
             format!("over {MAX_ENTROPY} bytes"),
         ));
+    }
+    if let Some(users) = &request.user_namespace {
+        user_namespace::check(users)?;
     }
     request.sysctls.keys().try_for_each(|name| sysctl::check(name))?;
     network::plan(request)
@@ -108,10 +118,14 @@ fn begin(
     }
 }
 
-fn apply(
-    request: &v1::ConfigureSandboxRequest,
-    plan: &network::Plan,
-) -> Result<(v1::ConfigureSandboxReply, Option<OwnedFd>), AgentError> {
+/// What configuring has made.
+struct Made {
+    reply: v1::ConfigureSandboxReply,
+    pod_reaper: Option<OwnedFd>,
+    user_namespace: Option<OwnedFd>,
+}
+
+fn apply(request: &v1::ConfigureSandboxRequest, plan: &network::Plan) -> Result<Made, AgentError> {
     if request.realtime_nanos > 0 {
         clock::set_real(request.realtime_nanos).at(|| "setting the clock")?;
     }
@@ -123,6 +137,12 @@ fn apply(
     let begin = Instant::now();
     network::apply(plan)?;
     let network_nanos = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    if request.user_namespace.is_some() {
+        // The network is the guest's, over which no capability of a user namespace reaches.
+        for (name, value) in UNPRIVILEGED_NETWORK {
+            sysctl::set(name, value)?;
+        }
+    }
     let mut sysctls: Vec<_> = request.sysctls.iter().collect();
     sysctls.sort();
     for (name, value) in sysctls {
@@ -142,7 +162,16 @@ fn apply(
     } else {
         None
     };
-    Ok((v1::ConfigureSandboxReply { network_nanos }, pod_reaper))
+    let user_namespace = request
+        .user_namespace
+        .as_ref()
+        .map(user_namespace::create)
+        .transpose()?;
+    Ok(Made {
+        reply: v1::ConfigureSandboxReply { network_nanos },
+        pod_reaper,
+        user_namespace,
+    })
 }
 
 /// _IOW('R', 0x03, int[2]) of linux/random.h.

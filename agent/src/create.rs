@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     ffi::CString,
     fs,
+    os::fd::AsFd,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
@@ -22,10 +23,11 @@ use crate::{
     device_filter::{self, AllowedDisk},
     devices,
     error::{AgentError, At, chain},
-    guest::{Container, Guest, Sandbox},
+    guest::{Container, Guest, Sandbox, Users},
     names, pod_volumes, remove, rootfs, shared,
     stage::{capability_set, decode_seccomp, rlimit},
     stage_spec::{RootSpec, StageDisk, StageMount},
+    user_namespace::bind_mapped,
     volumes,
 };
 
@@ -79,7 +81,7 @@ pub(crate) fn create(guest: &Guest, request: v1::CreateContainerRequest) -> Resu
             return Err(error);
         }
     };
-    match build(&id, spec, &images, &sandbox_hostname) {
+    match build(&id, spec, &images, guest.users().as_ref(), &sandbox_hostname) {
         Ok(container) => {
             guest.fill(container);
             Ok(())
@@ -263,23 +265,30 @@ fn build(
     id: &str,
     spec: v1::ContainerSpec,
     images: &HashMap<String, PathBuf>,
+    users: Option<&Users>,
     sandbox_hostname: &str,
 ) -> Result<Container, AgentError> {
     let image_at = |serial: &str| {
         let place = images.get(serial).ok_or(rustix::io::Errno::NODEV);
         place.at(|| format!("looking for image {serial}"))
     };
-    let place = mount_overlay(id, image_at(&spec.image_serial)?)?;
+    let image = image_at(&spec.image_serial)?;
+    let place = match users {
+        Some(users) => mount_overlay(id, &mapped_image(id, image, users)?)?,
+        None => mount_overlay(id, image)?,
+    };
     let mut mounts = image_volumes(id, &place, &spec.image_volumes)?;
     mounts.extend(pod_files(&spec));
     let termination = termination_file(id, &spec.termination_log_path)?;
     if let Some(file) = &termination {
-        mounts.push(bind(&spec.termination_log_path, file, false));
+        mounts.push(of_the_pod(bind(&spec.termination_log_path, file, false)));
     }
     for mount in &spec.mounts {
         mounts.push(match &mount.source {
-            Some(Source::Image(image)) => image_mount(mount, image_at(&image.serial)?, &image.sub_path)?,
-            _ => stage_mount(mount),
+            Some(Source::Image(image)) => {
+                of_the_pod(image_mount(mount, image_at(&image.serial)?, &image.sub_path)?)
+            }
+            _ => of_the_pod(stage_mount(mount)),
         });
     }
     // What is mounted inside another mount comes after it.
@@ -341,6 +350,29 @@ fn disks(spec: &v1::ContainerSpec) -> Result<Vec<(StageDisk, AllowedDisk)>, Agen
         disks.push((node, allowed));
     }
     Ok(disks)
+}
+
+/// Where a container with a user namespace has its image: with owners that are those of the pod.
+pub(crate) fn lower(id: &str) -> PathBuf {
+    directory(id).join("image")
+}
+
+fn mapped_image(id: &str, image: &Path, users: &Users) -> Result<PathBuf, AgentError> {
+    let place = lower(id);
+    fs::create_dir_all(&place).at(|| format!("creating {}", place.display()))?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let step = || format!("mounting the image of {id} with the ids of the user namespace");
+    let target = rustix::fs::open(&place, flags, Mode::empty()).at(step)?;
+    bind_mapped(image, target.as_fd(), users.namespace.as_fd()).at(step)?;
+    Ok(place)
+}
+
+/// Files that were written with ids of the pod, as all are but those of its own writable layer.
+fn of_the_pod(mount: StageMount) -> StageMount {
+    StageMount {
+        pod_ids: true,
+        ..mount
+    }
 }
 
 fn mount_overlay(id: &str, image: &Path) -> Result<PathBuf, AgentError> {
@@ -416,7 +448,7 @@ fn pod_files(spec: &v1::ContainerSpec) -> Vec<StageMount> {
         .into_iter()
         .map(|name| (format!("/etc/{name}"), Path::new(POD_FILES).join(name)))
         .filter(|(destination, source)| !covered(destination) && source.exists())
-        .map(|(destination, source)| bind(&destination, &source, spec.readonly_rootfs))
+        .map(|(destination, source)| of_the_pod(bind(&destination, &source, spec.readonly_rootfs)))
         .collect()
 }
 

@@ -8,7 +8,7 @@ use crate::{
     cgroup,
     create::{check_process, merge},
     error::{AgentError, At},
-    guest::{Container, Guest},
+    guest::{Container, Guest, Users},
     launch::{self, Launched},
     names,
     process::{Pipes, Process, Stdio},
@@ -29,7 +29,7 @@ pub(crate) async fn start(
     check_process(&wanted)?;
     let container = guest.container(&request.container_id)?;
     container.reserve_exec(&request.exec_id)?;
-    match run(&container, wanted, request.stdin).await {
+    match run(&guest, &container, wanted, request.stdin).await {
         Ok(process) => {
             let pid = process.pid;
             container.end_exec(&request.exec_id, Some(process));
@@ -43,6 +43,7 @@ pub(crate) async fn start(
 }
 
 async fn run(
+    guest: &Guest,
     container: &Arc<Container>,
     wanted: v1::Process,
     stdin: bool,
@@ -61,8 +62,9 @@ async fn run(
     let process = merge(&own, wanted);
     let stdio = Stdio::new(process.terminal, stdin, true);
     let pipes = Pipes::new(&stdio)?;
+    let users = guest.users();
     let (launched, pipes) = blocking(move || {
-        let launched = launch(&started.process, process, identity, &pipes)?;
+        let launched = launch(&started.process, process, identity, users, &pipes)?;
         Ok((launched, pipes))
     })
     .await?;
@@ -73,18 +75,23 @@ fn launch(
     container: &Process,
     process: v1::Process,
     identity: Option<Identity>,
+    users: Option<Users>,
     pipes: &Pipes,
 ) -> Result<Launched, AgentError> {
     let spec = StageSpec {
         process: Some(process),
         root: None,
         identity,
+        users: users.as_ref().map(|users| users.mapping.clone()),
     };
     let cgroup = cgroup::of_process(container.pid)?;
     let target = container.pidfd().try_clone_to_owned().at(|| "copying a pidfd")?;
     let mut fds: Vec<_> = pipes.theirs().collect();
     fds.push((FdKind::Cgroup, cgroup.as_fd()));
     fds.push((FdKind::Container, target.as_fd()));
+    if let Some(users) = &users {
+        fds.push((FdKind::UserNamespace, users.namespace.as_fd()));
+    }
     launch::launch(stage::ARGUMENT, &spec, &fds)
 }
 

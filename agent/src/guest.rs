@@ -63,6 +63,15 @@ pub(crate) struct Configured {
     pub(crate) reply: v1::ConfigureSandboxReply,
     /// pidfd of PID 1 of the pod's shared PID namespace.
     pub(crate) pod_reaper: Option<Arc<OwnedFd>>,
+    /// The user namespace of the pod's containers.
+    pub(crate) user_namespace: Option<Arc<OwnedFd>>,
+}
+
+/// The user namespace of a pod's containers, and what is mapped in it.
+#[derive(Debug, Clone)]
+pub(crate) struct Users {
+    pub(crate) namespace: Arc<OwnedFd>,
+    pub(crate) mapping: v1::UserNamespace,
 }
 
 /// A place in a table.
@@ -122,6 +131,17 @@ impl Guest {
             kernel_nanos,
             listening_nanos,
             ..Self::default()
+        }
+    }
+
+    /// The user namespace of the pod's containers, if they have one.
+    pub(crate) fn users(&self) -> Option<Users> {
+        match &*self.sandbox() {
+            Sandbox::Configured(configured) => Some(Users {
+                namespace: Arc::clone(configured.user_namespace.as_ref()?),
+                mapping: configured.request.user_namespace.clone()?,
+            }),
+            Sandbox::Blank | Sandbox::Configuring => None,
         }
     }
 

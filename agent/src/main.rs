@@ -3,8 +3,8 @@
 //! Owns everything that runs in a pod's VM. Must not know CRI, Kubernetes, images' formats, or which hypervisor it runs under. The
 //! protocol is `caisson-agent-api`'s.
 //!
-//! One binary, four roles: PID 1 ([`init`]), the agent proper ([`service`]), the stage that becomes a container's process ([`stage`]),
-//! and PID 1 of a shared PID namespace ([`stage`]).
+//! One binary, five roles: PID 1 ([`init`]), the agent proper ([`service`]), the stage that becomes a container's process ([`stage`]),
+//! PID 1 of a shared PID namespace ([`stage`]), and for a moment the process that a user namespace is made in ([`user_namespace`]).
 
 mod cgroup;
 mod clock;
@@ -47,6 +47,7 @@ mod streams;
 mod sysctl;
 mod terminal;
 mod update;
+mod user_namespace;
 mod volumes;
 mod wait;
 mod watch_fd;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         Some("agent") => service::main(arguments),
         Some(stage::ARGUMENT) => stage::main(),
         Some(stage::POD_REAPER_ARGUMENT) => stage::pod_reaper_main(),
+        Some(user_namespace::ARGUMENT) => user_namespace::main(),
         // The kernel hands PID 1 whatever it does not know of its command line.
         _ if std::process::id() == 1 => init::main(),
         _ => {

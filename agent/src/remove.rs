@@ -9,7 +9,7 @@ use rustix::{
 
 use crate::{
     cgroup::Cgroup,
-    create::{directory, image_serials, scratch},
+    create::{directory, image_serials, lower, scratch},
     delete_tree,
     error::{AgentError, At},
     guest::Guest,
@@ -55,10 +55,11 @@ pub(crate) async fn remove(guest: Arc<Guest>, id: &str) -> Result<(), AgentError
 /// Takes apart what CreateContainer made, however much of it there is. Blocking.
 pub(crate) fn dismantle(id: &str) -> Result<(), AgentError> {
     Cgroup::of(id).remove()?;
-    let place = directory(id).join("rootfs");
-    match unmount(&place, UnmountFlags::DETACH) {
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
-        Err(error) => return Err(error).at(|| format!("unmounting {}", place.display())),
+    for place in [directory(id).join("rootfs"), lower(id)] {
+        match unmount(&place, UnmountFlags::DETACH) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(error) => return Err(error).at(|| format!("unmounting {}", place.display())),
+        }
     }
     remove_directory(&directory(id))?;
     remove_directory(&scratch(id))

@@ -17,6 +17,8 @@ pub(crate) enum FdKind {
     PidNamespace = 5,
     /// pidfd of a container's first process, all of whose namespaces are joined.
     Container = 6,
+    /// The user namespace of the pod's containers.
+    UserNamespace = 17,
 }
 
 /// The first message to a stage.
@@ -38,6 +40,9 @@ pub(crate) struct StageSpec {
     /// Present: used instead of looking up `process.user`.
     #[prost(message, optional, tag = "3")]
     pub(crate) identity: Option<Identity>,
+    /// Of the user namespace that is joined; its descriptor is attached.
+    #[prost(message, optional, tag = "20")]
+    pub(crate) users: Option<v1::UserNamespace>,
 }
 
 /// A container's own view of the file system.
@@ -106,6 +111,9 @@ pub(crate) struct StageMount {
     /// What of `source` is bound, resolved with it as the root: a container may have changed what is there.
     #[prost(string, tag = "8")]
     pub(crate) inside: String,
+    /// Its owners are ids of the pod, and have to be mapped where there is a user namespace.
+    #[prost(bool, tag = "22")]
+    pub(crate) pod_ids: bool,
 }
 
 /// Who a process is, as numbers.

@@ -12,7 +12,7 @@ use crate::{
     clock,
     console::complain,
     error::{AgentError, At, chain},
-    guest::{Container, Guest, Sandbox, Started},
+    guest::{Container, Guest, Sandbox, Started, Users},
     launch::{self, Launched},
     process::{Pipes, Process},
     service::blocking,
@@ -42,11 +42,12 @@ pub(crate) async fn start(guest: Arc<Guest>, id: &str) -> Result<v1::StartContai
 
 async fn run(guest: &Guest, container: &Arc<Container>) -> Result<Started, AgentError> {
     let namespace = pid_namespace(guest, container)?;
+    let users = guest.users();
     let pipes = Pipes::new(&container.stdio)?;
     let (launched, pipes) = blocking({
         let container = Arc::clone(container);
         move || {
-            let launched = launch(&container, namespace.as_ref(), &pipes)?;
+            let launched = launch(&container, namespace.as_ref(), users, &pipes)?;
             Ok((launched, pipes))
         }
     })
@@ -74,17 +75,26 @@ async fn run(guest: &Guest, container: &Arc<Container>) -> Result<Started, Agent
     })
 }
 
-fn launch(container: &Container, namespace: Option<&OwnedFd>, pipes: &Pipes) -> Result<Launched, AgentError> {
+fn launch(
+    container: &Container,
+    namespace: Option<&OwnedFd>,
+    users: Option<Users>,
+    pipes: &Pipes,
+) -> Result<Launched, AgentError> {
     let spec = StageSpec {
         process: container.process(),
         root: Some(container.root.clone()),
         identity: None,
+        users: users.as_ref().map(|users| users.mapping.clone()),
     };
     let cgroup = container.cgroup.open()?;
     let mut fds: Vec<_> = pipes.theirs().collect();
     fds.push((FdKind::Cgroup, cgroup.as_fd()));
     if let Some(namespace) = namespace {
         fds.push((FdKind::PidNamespace, namespace.as_fd()));
+    }
+    if let Some(users) = &users {
+        fds.push((FdKind::UserNamespace, users.namespace.as_fd()));
     }
     launch::launch(stage::ARGUMENT, &spec, &fds)
 }

@@ -183,7 +183,13 @@ mod tests {
     #[test]
     fn ids_are_mapped_where_a_range_has_them() {
         let lines = [line(0, 1000, 100), line(200, 5000, 1)];
-        for (id, outside_id) in [(0, Some(1000)), (99, Some(1099)), (100, None), (200, Some(5000)), (201, None)] {
+        for (id, outside_id) in [
+            (0, Some(1000)),
+            (99, Some(1099)),
+            (100, None),
+            (200, Some(5000)),
+            (201, None),
+        ] {
             assert_eq!(outside(&lines, id), outside_id, "{id}");
         }
         assert_eq!(map(&lines), "0 1000 100\n200 5000 1\n");

@@ -46,6 +46,7 @@ pub(crate) fn request(
         realtime_nanos: u64::try_from(realtime).unwrap_or(0),
         entropy: entropy()?,
         shm_bytes: 0,
+        user_namespace: spec.user_namespace.clone(),
     })
 }
 

@@ -37,6 +37,9 @@ pub struct PodSpec {
     /// Containers run in the guest's own PID namespace (CRI NamespaceMode NODE for pid): a VM's host is its guest.
     #[serde(default)]
     pub guest_pid_namespace: bool,
+    /// The user namespace of all containers; `None`: the guest's own.
+    #[serde(default)]
+    pub user_namespace: Option<guest::UserNamespace>,
     /// cgroup that kubelet made for the pod; `None` or a host without cgroup v2: limits are not enforced on the VM.
     pub cgroup_parent: Option<String>,
     /// Sum of the containers' limits as known when the pod starts.
@@ -58,6 +61,7 @@ impl PodSpec {
             sysctls: BTreeMap::new(),
             share_pid_namespace: false,
             guest_pid_namespace: false,
+            user_namespace: None,
             cgroup_parent: None,
             limits: PodLimits::default(),
         }

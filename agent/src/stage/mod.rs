@@ -13,6 +13,7 @@ mod pod_reaper;
 mod privileges;
 mod seccomp;
 mod terminal;
+mod users;
 mod vsock_filter;
 
 use std::{
@@ -33,10 +34,11 @@ use rustix::{
 use crate::{
     error::chain,
     handoff,
-    stage_spec::{Failure, FdKind, Identity, Manifest, Report, ReportKind, RootSpec, StageSpec},
+    stage_spec::{Failure, FdKind, Manifest, Report, ReportKind, RootSpec, StageSpec},
 };
 
 use identity::{Database, resolve};
+use users::Users;
 
 pub(crate) use mounts::POD_SHM;
 pub(crate) use pod_reaper::{ARGUMENT as POD_REAPER_ARGUMENT, main as pod_reaper_main};
@@ -102,6 +104,7 @@ struct Inherited {
     cgroup: Option<OwnedFd>,
     pid_namespace: Option<OwnedFd>,
     container: Option<OwnedFd>,
+    users: Option<OwnedFd>,
 }
 
 /// Runs the stage; what it returns is the exit code of whichever half failed, or of the first half that succeeded.
@@ -146,7 +149,7 @@ fn report(
 
 fn run(control: &OwnedFd) -> Result<(), StageError> {
     let (spec, mut inherited) = instructions(control)?;
-    let process = spec.process.ok_or(StageError::Protocol("no process"))?;
+    let process = spec.process.clone().ok_or(StageError::Protocol("no process"))?;
     if inherited.stdin.is_none() {
         // Before any namespace is entered: a container's own /dev/null may be anything.
         let null = File::options()
@@ -177,7 +180,7 @@ fn run(control: &OwnedFd) -> Result<(), StageError> {
     }
     match fork::child_of_the_agent(&birth, inherited.cgroup.as_ref())? {
         fork::Half::Parent { pid, pidfd } => report(control, ReportKind::Spawned(pid), &[pidfd.as_fd()]),
-        fork::Half::Child => become_process(control, process, spec.root.as_ref(), spec.identity, inherited),
+        fork::Half::Child => become_process(control, process, spec, inherited),
     }
 }
 
@@ -202,6 +205,7 @@ fn instructions(control: &OwnedFd) -> Result<(StageSpec, Inherited), StageError>
             FdKind::Cgroup => inherited.cgroup = Some(fd),
             FdKind::PidNamespace => inherited.pid_namespace = Some(fd),
             FdKind::Container => inherited.container = Some(fd),
+            FdKind::UserNamespace => inherited.users = Some(fd),
         }
     }
     let mut file = File::from(spec.ok_or(StageError::Protocol("no specification"))?);
@@ -217,16 +221,21 @@ fn instructions(control: &OwnedFd) -> Result<(StageSpec, Inherited), StageError>
 fn become_process(
     control: &OwnedFd,
     process: v1::Process,
-    root: Option<&RootSpec>,
-    identity: Option<Identity>,
+    spec: StageSpec,
     inherited: Inherited,
 ) -> Result<(), StageError> {
+    let users = match (inherited.users.as_ref(), spec.users.as_ref()) {
+        (Some(namespace), Some(mapping)) => Some(Users { namespace, mapping }),
+        (None, None) => None,
+        _ => return Err(StageError::Protocol("half a user namespace")),
+    };
+    let root = spec.root.as_ref();
     rustix::process::setsid().at(|| "starting a session")?;
     let terminal = match root {
-        Some(root) => own_root(control, root, process.terminal)?,
+        Some(root) => own_root(control, root, users.as_ref(), process.terminal)?,
         None => running_root(control, inherited.container.as_ref(), process.terminal)?,
     };
-    let identity = match identity {
+    let identity = match spec.identity {
         Some(identity) => identity,
         None => resolve(&process.user.clone().unwrap_or_default(), &Database::read("/")?)?,
     };
@@ -238,9 +247,12 @@ fn become_process(
         inherited.stdout,
         inherited.stderr,
         terminal,
-        &identity,
+        &users::outside(users.as_ref(), &identity)?,
     )?;
     command::enter_directory(&process.cwd)?;
+    if let Some(users) = &users {
+        users::join(users, root.is_some())?;
+    }
     let filter = process.seccomp.as_ref();
     if filter.is_some() {
         vsock_filter::install()?;
@@ -262,9 +274,14 @@ fn become_process(
 }
 
 /// Builds and enters the container's own root; answers its terminal.
-fn own_root(control: &OwnedFd, root: &RootSpec, terminal: bool) -> Result<Option<OwnedFd>, StageError> {
+fn own_root(
+    control: &OwnedFd,
+    root: &RootSpec,
+    users: Option<&Users<'_>>,
+    terminal: bool,
+) -> Result<Option<OwnedFd>, StageError> {
     fork::own_views(&root.hostname)?;
-    let tree = mounts::build(root)?;
+    let tree = mounts::build(root, users)?;
     let terminal = terminal
         .then(|| terminal::open_in(control, &tree, true))
         .transpose()?;

@@ -5,6 +5,7 @@
 use std::{
     ffi::{CStr, CString},
     os::fd::{AsFd, OwnedFd},
+    path::Path,
 };
 
 use rustix::{
@@ -16,11 +17,15 @@ use rustix::{
     },
 };
 
-use super::{At, StageError, device_nodes};
+use super::{At, StageError, device_nodes, users::Users};
 use crate::{
     rootfs::{self, Want, name_of},
     stage_spec::{RootSpec, StageMount},
+    user_namespace::bind_mapped,
 };
+
+/// The group of terminals.
+const TTY: u32 = 5;
 
 /// f_type of procfs.
 const PROC_SUPER_MAGIC: i64 = 0x9fa0;
@@ -29,7 +34,7 @@ const PROC_SUPER_MAGIC: i64 = 0x9fa0;
 pub(crate) const POD_SHM: &str = "/run/shm";
 
 /// Mounts everything into the root; the answer is an open location of the root.
-pub(super) fn build(spec: &RootSpec) -> Result<OwnedFd, StageError> {
+pub(super) fn build(spec: &RootSpec, users: Option<&Users<'_>>) -> Result<OwnedFd, StageError> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .at(|| "making the mount namespace private")?;
     let root = rustix::fs::open(
@@ -38,9 +43,9 @@ pub(super) fn build(spec: &RootSpec) -> Result<OwnedFd, StageError> {
         Mode::empty(),
     )
     .at(|| format!("opening the root file system {}", spec.path))?;
-    kernel_file_systems(&root, spec.privileged)?;
+    kernel_file_systems(&root, spec.privileged, users)?;
     for mount in &spec.mounts {
-        one(&root, mount)?;
+        one(&root, mount, users)?;
     }
     for disk in &spec.disks {
         device_nodes::disk(&root, disk)?;
@@ -54,20 +59,25 @@ pub(super) fn build(spec: &RootSpec) -> Result<OwnedFd, StageError> {
     Ok(root)
 }
 
-fn kernel_file_systems(root: &OwnedFd, privileged: bool) -> Result<(), StageError> {
+fn kernel_file_systems(
+    root: &OwnedFd,
+    privileged: bool,
+    users: Option<&Users<'_>>,
+) -> Result<(), StageError> {
     let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let system = if privileged {
         quiet
     } else {
         quiet | MountFlags::RDONLY
     };
+    let (uid, gid) = users.map_or((0, 0), Users::root);
     special(root, "/proc", "proc", quiet, c"")?;
     special(
         root,
         "/dev",
         "tmpfs",
         MountFlags::NOSUID | MountFlags::STRICTATIME,
-        c"mode=755,size=65536k",
+        &options(format!("mode=755,size=65536k,uid={uid},gid={gid}"))?,
     )?;
     let device_directory =
         rootfs::open(root, "/dev", OFlags::RDONLY | OFlags::DIRECTORY).at(|| "opening /dev")?;
@@ -77,12 +87,19 @@ fn kernel_file_systems(root: &OwnedFd, privileged: bool) -> Result<(), StageErro
         "/dev/pts",
         "devpts",
         MountFlags::NOSUID | MountFlags::NOEXEC,
-        c"newinstance,ptmxmode=0666,mode=0620,gid=5",
+        &options(match users.map_or(Some(TTY), |users| users.group(TTY)) {
+            Some(group) => format!("newinstance,ptmxmode=0666,mode=0620,gid={group}"),
+            None => "newinstance,ptmxmode=0666,mode=0620".to_owned(),
+        })?,
     )?;
     special(root, "/dev/mqueue", "mqueue", quiet, c"")?;
-    bind(root, "/dev/shm", POD_SHM, false)?;
+    bind(root, "/dev/shm", POD_SHM, false, None)?;
     special(root, "/sys", "sysfs", system, c"")?;
     special(root, "/sys/fs/cgroup", "cgroup2", system, c"")
+}
+
+fn options(text: String) -> Result<CString, StageError> {
+    CString::new(text).map_err(|_| StageError::Protocol("NUL in mount options"))
 }
 
 fn special(
@@ -97,25 +114,28 @@ fn special(
     mount(kind, name_of(&target), kind, flags, options).at(|| format!("mounting {kind} on {path}"))
 }
 
-fn one(root: &OwnedFd, wanted: &StageMount) -> Result<(), StageError> {
+fn one(root: &OwnedFd, wanted: &StageMount, users: Option<&Users<'_>>) -> Result<(), StageError> {
     let path = &wanted.destination;
     if !wanted.inside.is_empty() {
         let step = || format!("opening {} in {}", wanted.inside, wanted.source);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let volume = rustix::fs::open(&wanted.source, flags, Mode::empty()).at(step)?;
         let inside = rootfs::open(&volume, &wanted.inside, OFlags::PATH).at(step)?;
-        return bind(root, path, &name_of(&inside).to_string_lossy(), wanted.readonly);
+        let source = name_of(&inside).to_string_lossy().into_owned();
+        let users = users.filter(|_| wanted.pod_ids);
+        return bind(root, path, &source, wanted.readonly, users);
     }
     if !wanted.source.is_empty() {
-        bind(root, path, &wanted.source, wanted.readonly)?;
+        let users = users.filter(|_| wanted.pod_ids);
+        bind(root, path, &wanted.source, wanted.readonly, users)?;
         return if wanted.inert {
             remount_inert(root, path)
         } else {
             Ok(())
         };
     }
-    let options =
-        CString::new(wanted.options.as_str()).map_err(|_| StageError::Protocol("NUL in mount options"))?;
+    let (uid, gid) = users.map_or((0, 0), Users::root);
+    let options = options(format!("{},uid={uid},gid={gid}", wanted.options))?;
     let target = destination(root, path, Want::Directory)?;
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     if wanted.readonly {
@@ -125,12 +145,22 @@ fn one(root: &OwnedFd, wanted: &StageMount) -> Result<(), StageError> {
         .at(|| format!("mounting tmpfs on {path}"))
 }
 
-fn bind(root: &OwnedFd, path: &str, source: &str, readonly: bool) -> Result<(), StageError> {
+fn bind(
+    root: &OwnedFd,
+    path: &str,
+    source: &str,
+    readonly: bool,
+    users: Option<&Users<'_>>,
+) -> Result<(), StageError> {
     let directory = std::fs::metadata(source)
         .at(|| format!("looking at {source}"))?
         .is_dir();
     let target = destination(root, path, if directory { Want::Directory } else { Want::File })?;
-    mount_bind(source, name_of(&target)).at(|| format!("binding {source} to {path}"))?;
+    match users {
+        Some(users) => bind_mapped(Path::new(source), target.as_fd(), users.namespace.as_fd())
+            .at(|| format!("binding {source} to {path} with the ids of the user namespace"))?,
+        None => mount_bind(source, name_of(&target)).at(|| format!("binding {source} to {path}"))?,
+    }
     if readonly {
         remount_readonly(root, path)?;
     }

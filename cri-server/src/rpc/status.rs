@@ -58,13 +58,13 @@ fn guest_files(kernel: &Path, initramfs: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// User namespaces are not there yet.
+/// User namespaces are made in the guest.
 fn handler(name: &str) -> v1::RuntimeHandler {
     v1::RuntimeHandler {
         name: name.into(),
         features: Some(v1::RuntimeHandlerFeatures {
             recursive_read_only_mounts: true,
-            user_namespaces: false,
+            user_namespaces: true,
         }),
     }
 }

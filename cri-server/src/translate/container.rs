@@ -16,7 +16,7 @@ use super::{
 
 /// The container that a request asks for, in `pod`, from `image`, with `mounted` for its image volumes. Looks at the host paths of mounts, so it may block.
 pub fn container_spec(
-    config: v1::ContainerConfig,
+    mut config: v1::ContainerConfig,
     pod: &PodSpec,
     image: &Image,
     mounted: &MountImages,
@@ -30,6 +30,7 @@ pub fn container_spec(
     confinement(&context, &mut refusals);
     let (resources, oom_score_adj) =
         resources::container(linux.resources.as_ref(), "config.linux.resources", &mut refusals);
+    namespaces::settle_mappings(&mut config.mounts, &pod.into());
     let mounts = mounts::mounts(
         &config.mounts,
         config.annotations.get(mounts::TERMINATION_PATH),

@@ -12,6 +12,8 @@ pub(super) struct PodNamespaces {
     pub(super) share_pid: bool,
     /// The guest's own PID namespace.
     pub(super) guest_pid: bool,
+    /// A user namespace of the pod's.
+    pub(super) users: Option<guest::UserNamespace>,
 }
 
 impl From<&PodSpec> for PodNamespaces {
@@ -19,6 +21,7 @@ impl From<&PodSpec> for PodNamespaces {
         Self {
             share_pid: spec.share_pid_namespace,
             guest_pid: spec.guest_pid_namespace,
+            users: spec.user_namespace.clone(),
         }
     }
 }
@@ -32,8 +35,15 @@ pub(super) fn pod_namespaces(
     let absent = v1::NamespaceOption::default();
     let options = options.unwrap_or(&absent);
     common(options, field, refusals);
+    let mut namespaces = PodNamespaces {
+        users: users(
+            options.userns_options.as_ref(),
+            &format!("{field}.userns_options"),
+            refusals,
+        ),
+        ..PodNamespaces::default()
+    };
     let field = format!("{field}.pid");
-    let mut namespaces = PodNamespaces::default();
     match NamespaceMode::try_from(options.pid) {
         Ok(NamespaceMode::Pod) => namespaces.share_pid = true,
         Ok(NamespaceMode::Container) => {}
@@ -59,6 +69,11 @@ pub(super) fn container_pid(
         };
     };
     common(options, field, refusals);
+    if options.userns_options.is_some() {
+        let field = format!("{field}.userns_options");
+        let wanted = users(options.userns_options.as_ref(), &field, refusals);
+        refusals.add_if(wanted != pod.users, &field, "must be those of the pod");
+    }
     let is_target = options.pid == NamespaceMode::Target as i32;
     refusals.add_if(
         is_target && options.target_id.is_empty(),
@@ -97,6 +112,24 @@ pub(super) fn container_pid(
     }
 }
 
+/// Takes the mappings out of mounts that have the pod's: they hold for every mount of a pod with a user namespace. Others stay, and are
+/// refused with the mount.
+pub(super) fn settle_mappings(list: &mut [v1::Mount], pod: &PodNamespaces) {
+    let Some(users) = &pod.users else { return };
+    let same = |lines: &[v1::IdMapping], pod: &[guest::IdMapping]| {
+        lines.len() == pod.len()
+            && lines.iter().zip(pod).all(|(line, pod)| {
+                (line.container_id, line.host_id, line.length) == (pod.container_id, pod.host_id, pod.length)
+            })
+    };
+    for mount in list {
+        if same(&mount.uid_mappings, &users.uids) && same(&mount.gid_mappings, &users.gids) {
+            mount.uid_mappings.clear();
+            mount.gid_mappings.clear();
+        }
+    }
+}
+
 /// The container whose PID namespace the request names, when it names one.
 #[must_use]
 pub fn target_container(config: &v1::ContainerConfig) -> Option<&str> {
@@ -127,13 +160,62 @@ fn common(options: &v1::NamespaceOption, field: &str, refusals: &mut Refusals) {
             Err(_) => unknown(value, field, refusals),
         }
     }
-    if let Some(userns) = &options.userns_options {
-        let field = format!("{field}.userns_options");
-        let mapped = !userns.uids.is_empty() || !userns.gids.is_empty();
-        if userns.mode != NamespaceMode::Node as i32 || mapped {
-            refusals.add(field, "user namespaces are not supported yet");
+}
+
+/// The mapping of a pod's user namespace: one range each, in which the pod's root is.
+fn users(
+    options: Option<&v1::UserNamespace>,
+    field: &str,
+    refusals: &mut Refusals,
+) -> Option<guest::UserNamespace> {
+    let options = options?;
+    match NamespaceMode::try_from(options.mode) {
+        Ok(NamespaceMode::Pod) => Some(guest::UserNamespace {
+            uids: range(&options.uids, &format!("{field}.uids"), refusals),
+            gids: range(&options.gids, &format!("{field}.gids"), refusals),
+        }),
+        Ok(NamespaceMode::Node) => {
+            refusals.add_if(
+                !options.uids.is_empty() || !options.gids.is_empty(),
+                field,
+                "NODE has no mappings",
+            );
+            None
+        }
+        Ok(mode) => {
+            refusals.add(
+                format!("{field}.mode"),
+                format!(
+                    "{} is not possible: the containers of a pod share it",
+                    mode.as_str_name()
+                ),
+            );
+            None
+        }
+        Err(_) => {
+            unknown(options.mode, format!("{field}.mode"), refusals);
+            None
         }
     }
+}
+
+fn range(list: &[v1::IdMapping], field: &str, refusals: &mut Refusals) -> Vec<guest::IdMapping> {
+    let [line] = list else {
+        refusals.add(field, format!("must be one mapping, not {}", list.len()));
+        return Vec::new();
+    };
+    let ends = line.host_id.checked_add(line.length).is_some();
+    refusals.add_if(line.container_id != 0, field, "must map the pod's 0");
+    refusals.add_if(
+        line.length == 0 || !ends,
+        field,
+        "is not a range of ids below 2^32",
+    );
+    vec![guest::IdMapping {
+        container_id: line.container_id,
+        host_id: line.host_id,
+        length: line.length,
+    }]
 }
 
 fn unknown(value: i32, field: String, refusals: &mut Refusals) {
@@ -156,14 +238,17 @@ mod tests {
     const SHARED: PodNamespaces = PodNamespaces {
         share_pid: true,
         guest_pid: false,
+        users: None,
     };
     const APART: PodNamespaces = PodNamespaces {
         share_pid: false,
         guest_pid: false,
+        users: None,
     };
     const GUEST: PodNamespaces = PodNamespaces {
         share_pid: false,
         guest_pid: true,
+        users: None,
     };
 
     #[test]
@@ -247,22 +332,81 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_user_namespace_is_refused_and_the_hosts_mode_is_none() {
-        let mut with = options(NamespaceMode::Pod, NamespaceMode::Pod, NamespaceMode::Pod);
-        with.userns_options = Some(v1::UserNamespace {
-            mode: NamespaceMode::Node as i32,
+    fn userns(mode: NamespaceMode, ranges: &[(u32, u32, u32)]) -> v1::NamespaceOption {
+        let lines: Vec<_> = ranges
+            .iter()
+            .map(|(container_id, host_id, length)| v1::IdMapping {
+                container_id: *container_id,
+                host_id: *host_id,
+                length: *length,
+            })
+            .collect();
+        v1::NamespaceOption {
+            userns_options: Some(v1::UserNamespace {
+                mode: mode as i32,
+                uids: lines.clone(),
+                gids: lines,
+            }),
             ..Default::default()
-        });
+        }
+    }
+
+    #[test]
+    fn a_user_namespace_is_one_range_with_root_in_it_and_the_containers_share_it() {
         let mut refusals = Refusals::default();
-        pod_namespaces(Some(&with), "n", &mut refusals);
-        refusals.settle(()).unwrap();
-        with.userns_options = Some(v1::UserNamespace::default());
-        let mut refusals = Refusals::default();
-        pod_namespaces(Some(&with), "n", &mut refusals);
+        let wanted = userns(NamespaceMode::Pod, &[(0, 1000, 100_000)]);
+        let pod = pod_namespaces(Some(&wanted), "n", &mut refusals);
+        let line = pod.users.as_ref().map(|users| users.uids[0]);
         assert_eq!(
-            refusals.to_string(),
-            "n.userns_options: user namespaces are not supported yet"
+            line.map(|line| (line.host_id, line.length)),
+            Some((1000, 100_000))
         );
+        container_pid(Some(&wanted), &pod, "n", &mut refusals);
+        container_pid(None, &pod, "n", &mut refusals);
+        let node = userns(NamespaceMode::Node, &[]);
+        assert_eq!(pod_namespaces(Some(&node), "n", &mut refusals).users, None);
+        refusals.settle(()).unwrap();
+        let mut refusals = Refusals::default();
+        container_pid(Some(&node), &pod, "n", &mut refusals);
+        assert_eq!(refusals.to_string(), "n.userns_options: must be those of the pod");
+    }
+
+    #[test]
+    fn other_user_namespaces_are_refused() {
+        for (options, words) in [
+            (
+                userns(NamespaceMode::Pod, &[]),
+                "uids: must be one mapping, not 0",
+            ),
+            (
+                userns(NamespaceMode::Pod, &[(0, 1000, 10), (0, 2000, 10)]),
+                "uids: must be one mapping, not 2",
+            ),
+            (
+                userns(NamespaceMode::Pod, &[(1, 1000, 10)]),
+                "uids: must map the pod's 0",
+            ),
+            (
+                userns(NamespaceMode::Pod, &[(0, 1000, 0)]),
+                "gids: is not a range",
+            ),
+            (
+                userns(NamespaceMode::Pod, &[(0, u32::MAX, 2)]),
+                "uids: is not a range",
+            ),
+            (
+                userns(NamespaceMode::Node, &[(0, 1000, 10)]),
+                "NODE has no mappings",
+            ),
+            (
+                userns(NamespaceMode::Container, &[]),
+                "mode: CONTAINER is not possible",
+            ),
+            (userns(NamespaceMode::Target, &[]), "mode: TARGET is not possible"),
+        ] {
+            let mut refusals = Refusals::default();
+            pod_namespaces(Some(&options), "n", &mut refusals);
+            assert!(refusals.to_string().contains(words), "{refusals}");
+        }
     }
 }

@@ -45,6 +45,7 @@ pub fn pod_spec(request: v1::RunPodSandboxRequest) -> Result<PodSpec, Refusals> 
         sysctls: sysctls(linux.sysctls.into_iter().collect(), &mut refusals),
         share_pid_namespace: namespaces.share_pid,
         guest_pid_namespace: namespaces.guest_pid,
+        user_namespace: namespaces.users,
         cgroup_parent,
         limits,
         identity,

@@ -347,6 +347,7 @@ impl Node {
             sysctls: BTreeMap::new(),
             share_pid_namespace: false,
             guest_pid_namespace: false,
+            user_namespace: None,
             cgroup_parent: None,
             limits: spec::PodLimits::default(),
         }
