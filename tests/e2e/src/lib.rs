@@ -6,6 +6,7 @@
 pub mod cri;
 pub mod crictl;
 pub mod critest_images;
+pub mod critest_table;
 pub mod daemon;
 pub mod host;
 pub mod image;

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_e2e::{
-    cache, checkout, critest_images,
+    cache, checkout, critest_images, critest_table,
     daemon::{Daemon, Product},
     host::Host,
     registry::Registry,
@@ -72,6 +72,11 @@ fn main() -> Result<()> {
         Ok((report, left))
     });
     let (report, left) = outcome?;
+    if let Some(directory) = &arguments.report {
+        let page = fs::read_to_string(checkout().join("docs/conformance.md"))?;
+        let seen = serde_json::from_slice(&fs::read(&report)?)?;
+        fs::write(directory.join("table.md"), critest_table::table(&seen, &page))?;
+    }
     verdict(&report, &exceptions, arguments.partial)?;
     left
 }
