@@ -98,6 +98,7 @@ fn settings(config: &Config) -> Settings {
         kernel: config.guest.kernel.clone(),
         initramfs: config.guest.initramfs.clone(),
         sandboxes_root: config.sandboxes().root,
+        cgroup_driver: config.daemon.cgroup_driver,
         config: config.summary(),
     }
 }

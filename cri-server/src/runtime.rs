@@ -9,6 +9,7 @@ use caisson_sandbox::{SandboxError, Sandboxes, view::ContainerState};
 use caisson_streaming::Endpoint;
 
 use crate::{
+    config::CgroupDriver,
     pod_cidr::PodCidrStore,
     status::{RpcError, chain},
 };
@@ -72,6 +73,8 @@ pub struct Settings {
     pub initramfs: PathBuf,
     /// Where pods keep their writable disks.
     pub sandboxes_root: PathBuf,
+    /// For kubelet.
+    pub cgroup_driver: CgroupDriver,
     /// The effective configuration, for verbose Status.
     pub config: serde_json::Value,
 }

@@ -203,6 +203,7 @@ impl World {
                 kernel: "/kernel".into(),
                 initramfs: "/initramfs".into(),
                 sandboxes_root: self.node.root(),
+                cgroup_driver: config.daemon.cgroup_driver,
                 config: config.summary(),
             }),
         };

@@ -115,6 +115,7 @@ async fn runtime(dir: &Path) -> Runtime {
             kernel: config.guest.kernel.clone(),
             initramfs: config.guest.initramfs.clone(),
             sandboxes_root: config.sandboxes().root,
+            cgroup_driver: config.daemon.cgroup_driver,
             config: config.summary(),
         }),
     }

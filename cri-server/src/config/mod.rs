@@ -3,6 +3,7 @@
 //! `/etc/caisson/config.toml`, then `config.d/*.toml` beside it in lexical order (a later file wins key by key, a list as a whole), then the
 //! flags of the command line. What comes out is complete and usable: nothing below asks again.
 
+mod cgroup_driver;
 mod files;
 mod reader;
 mod signatures;
@@ -23,6 +24,7 @@ use caisson_sandbox::SandboxesConfig;
 use caisson_streaming::{Config as StreamingConfig, TlsFiles};
 use serde_json::json;
 
+pub use cgroup_driver::CgroupDriver;
 pub use files::Merged;
 use reader::Section;
 
@@ -68,6 +70,8 @@ pub struct Daemon {
     pub run_dir: PathBuf,
     /// The CRI socket.
     pub socket: PathBuf,
+    /// Which driver kubelet is told to use.
+    pub cgroup_driver: CgroupDriver,
     /// Filter for the log, as tracing's `EnvFilter` reads it.
     pub log: String,
 }
@@ -310,7 +314,7 @@ impl Config {
             "attachSlots": self.vm.attach_slots,
             "emptyDirMiB": self.vm.empty_dir_mib,
             "fileServer": self.vm.file_server,
-            "cgroupDriver": "cgroupfs",
+            "cgroupDriver": self.daemon.cgroup_driver.as_str(),
             "cniConfDir": self.network.conf_dir,
             "cniPluginDirs": self.network.plugin_dirs,
             "insecureRegistries": self.images.insecure_registries,
@@ -346,14 +350,11 @@ fn daemon(top: &mut Section) -> Daemon {
         );
     }
     let driver = top.text("cgroup_driver").unwrap_or_else(|| "cgroupfs".into());
-    match driver.as_str() {
-        "cgroupfs" => {}
-        "systemd" => top.problem(
-            "cgroup_driver",
-            "\"systemd\" is not supported yet: use \"cgroupfs\"",
-        ),
-        other => top.problem("cgroup_driver", format!("{other:?} is not a cgroup driver")),
-    }
+    let cgroup_driver = CgroupDriver::parse(&driver).unwrap_or_else(|| {
+        let reason = format!("{driver:?} is none of \"cgroupfs\", \"systemd\" and \"auto\"");
+        top.problem("cgroup_driver", reason);
+        CgroupDriver::Cgroupfs
+    });
     let log = top.text("log").unwrap_or_else(|| "info".into());
     if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
         top.problem("log", format!("{log:?} is not a log filter: {error}"));
@@ -362,6 +363,7 @@ fn daemon(top: &mut Section) -> Daemon {
         root,
         run_dir,
         socket,
+        cgroup_driver,
         log,
     }
 }
@@ -621,7 +623,7 @@ mod tests {
             r#"
             root = "relative"
             colour = "blue"
-            cgroup_driver = "systemd"
+            cgroup_driver = "upstart"
             log = "a=b=c"
             [vm]
             default_vcpus = 0

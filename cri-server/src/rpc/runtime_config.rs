@@ -2,16 +2,19 @@
 
 use caisson_cri_api::v1;
 
-use crate::{runtime::Runtime, status::RpcError};
+use crate::{config::CgroupDriver, runtime::Runtime, status::RpcError};
 
 pub(super) async fn handle(
-    _: &Runtime,
+    runtime: &Runtime,
     _: v1::RuntimeConfigRequest,
 ) -> Result<v1::RuntimeConfigResponse, RpcError> {
-    // The only one that is implemented; the configuration refuses any other word.
+    let driver = match runtime.settings.cgroup_driver {
+        CgroupDriver::Cgroupfs => v1::CgroupDriver::Cgroupfs,
+        CgroupDriver::Systemd => v1::CgroupDriver::Systemd,
+    };
     Ok(v1::RuntimeConfigResponse {
         linux: Some(v1::LinuxRuntimeConfiguration {
-            cgroup_driver: v1::CgroupDriver::Cgroupfs as i32,
+            cgroup_driver: driver as i32,
         }),
     })
 }
