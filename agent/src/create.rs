@@ -19,14 +19,12 @@ use crate::{
     cgroup::{self, Cgroup},
     configure::{POD_FILES, SCRATCH},
     console::complain,
-    copy_tree,
-    device_filter::{self, AllowedDisk},
-    devices,
+    copy_tree, device_filter,
     error::{AgentError, At, chain},
     guest::{Container, Guest, Sandbox, Users},
-    names, pod_volumes, remove, rootfs, shared,
+    names, own_devices, pod_volumes, remove, rootfs, shared,
     stage::{capability_set, decode_seccomp, rlimit},
-    stage_spec::{RootSpec, StageDisk, StageMount},
+    stage_spec::{RootSpec, StageMount},
     user_namespace::bind_mapped,
     volumes,
 };
@@ -153,6 +151,12 @@ fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
             let reason = format!("{} cannot be mounted over", mount.destination);
             return Err(AgentError::invalid("spec.mounts.destination", reason));
         }
+        if mount.propagation() != v1::MountPropagation::MountPrivate
+            && !matches!(mount.source, Some(Source::PodVolume(_)))
+        {
+            let reason = format!("{} is no volume of the pod's", mount.destination);
+            return Err(AgentError::invalid("spec.mounts.propagation", reason));
+        }
         match &mount.source {
             Some(Source::VolumeId(id)) => names::id("spec.mounts.volume_id", id)?,
             Some(Source::Tmpfs(_)) => {}
@@ -165,10 +169,7 @@ fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
             None => return Err(AgentError::invalid("spec.mounts.source", "is absent")),
         }
     }
-    for device in &spec.block_devices {
-        names::serial("spec.block_devices.serial", &device.serial)?;
-        names::absolute("spec.block_devices.path", &device.path)?;
-    }
+    own_devices::check(spec)?;
     for (field, paths) in [
         ("spec.masked_paths", &spec.masked_paths),
         ("spec.readonly_paths", &spec.readonly_paths),
@@ -300,9 +301,9 @@ fn build(
             .count()
     });
     let cgroup = Cgroup::create(id, &spec.resources.clone().unwrap_or_default())?;
-    let disks = disks(&spec)?;
+    let own_devices = own_devices::find(&spec)?;
     if !spec.privileged {
-        let allowed: Vec<_> = disks.iter().map(|(_, allowed)| *allowed).collect();
+        let allowed: Vec<_> = own_devices.iter().map(own_devices::allowed).collect();
         device_filter::attach(&cgroup.open()?, &allowed)?;
     }
     let hostname = if spec.hostname == sandbox_hostname {
@@ -319,37 +320,9 @@ fn build(
         readonly_paths: spec.readonly_paths.clone(),
         hostname,
         new_pid_namespace: spec.pid_namespace() == v1::PidNamespace::PidContainer,
-        disks: disks.into_iter().map(|(node, _)| node).collect(),
+        devices: own_devices,
     };
     Ok(Container::new(id.to_owned(), spec, root, cgroup, termination))
-}
-
-/// The nodes of the container's own disks, and what its device filter has to know of them.
-fn disks(spec: &v1::ContainerSpec) -> Result<Vec<(StageDisk, AllowedDisk)>, AgentError> {
-    use std::os::unix::fs::MetadataExt;
-    let mut disks = Vec::new();
-    for wanted in &spec.block_devices {
-        let node = devices::disk(&wanted.serial)?;
-        let device = fs::metadata(&node)
-            .at(|| format!("looking at {}", node.display()))?
-            .rdev();
-        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-        let node = StageDisk {
-            path: wanted.path.clone(),
-            major,
-            minor,
-            mode: wanted.mode,
-            uid: wanted.uid,
-            gid: wanted.gid,
-        };
-        let allowed = AllowedDisk {
-            major,
-            minor,
-            readonly: wanted.readonly,
-        };
-        disks.push((node, allowed));
-    }
-    Ok(disks)
 }
 
 /// Where a container with a user namespace has its image: with owners that are those of the pod.
@@ -501,6 +474,7 @@ fn stage_mount(mount: &v1::Mount) -> StageMount {
         ),
         Some(Source::PodVolume(volume)) => StageMount {
             inside: volume.sub_path.clone(),
+            propagation: mount.propagation,
             ..bind(&mount.destination, &pod_volumes::path(&volume.id), mount.readonly)
         },
         Some(Source::Tmpfs(tmpfs)) => {
@@ -579,6 +553,7 @@ mod tests {
                 destination: destination.into(),
                 readonly: true,
                 source: Some(Source::VolumeId("v".into())),
+                ..v1::Mount::default()
             }],
             ..spec()
         }

@@ -25,6 +25,7 @@ const AND: u8 = 0x57;
 const SHIFT_RIGHT: u8 = 0x77;
 const JUMP_EQUAL: u8 = 0x15;
 const JUMP_NOT_EQUAL: u8 = 0x55;
+const JUMP_ANY_BIT: u8 = 0x45;
 const JUMP: u8 = 0x05;
 const EXIT: u8 = 0x95;
 
@@ -44,7 +45,8 @@ const ALLOWED: [(i32, Option<i32>); 9] = [
 const BLOCK: i32 = 1;
 const CHARACTER: i32 = 2;
 const READ: i32 = 2;
-const READ_OR_WRITE: i32 = 6;
+const WRITE: i32 = 4;
+const READ_OR_WRITE: i32 = READ | WRITE;
 
 const fn op(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
     Instruction {
@@ -55,16 +57,19 @@ const fn op(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruct
     }
 }
 
-/// A disk that a container may use.
+/// A device that a container may use besides the usual ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct AllowedDisk {
+pub(crate) struct Allowed {
+    /// A disk, no character device.
+    pub(crate) block: bool,
     pub(crate) major: u32,
     pub(crate) minor: u32,
-    pub(crate) readonly: bool,
+    pub(crate) read: bool,
+    pub(crate) write: bool,
 }
 
 /// The program: r1 points to { access << 16 | type, major, minor }.
-fn program(disks: &[AllowedDisk]) -> Vec<Instruction> {
+fn program(own: &[Allowed]) -> Vec<Instruction> {
     let mut code = vec![
         op(LOAD_WORD, 2, 1, 0, 0),
         op(LOAD_WORD, 4, 1, 4, 0),
@@ -79,15 +84,14 @@ fn program(disks: &[AllowedDisk]) -> Vec<Instruction> {
         op(JUMP, 0, 0, 1, 0),
         op(EXIT, 0, 0, 0, 0),
     ];
-    for disk in disks {
-        // To write to one that can only be read is left to the refusal at the end.
-        let skip = i16::from(disk.readonly);
-        code.push(op(JUMP_NOT_EQUAL, 3, 0, 3 + skip, BLOCK));
-        code.push(op(JUMP_NOT_EQUAL, 4, 0, 2 + skip, disk.major.cast_signed()));
-        code.push(op(JUMP_NOT_EQUAL, 5, 0, 1 + skip, disk.minor.cast_signed()));
-        if disk.readonly {
-            code.push(op(JUMP_NOT_EQUAL, 2, 0, 1, READ));
-        }
+    for device in own {
+        let kind = if device.block { BLOCK } else { CHARACTER };
+        let denied = i32::from(!device.read) * READ | i32::from(!device.write) * WRITE;
+        code.push(op(JUMP_NOT_EQUAL, 3, 0, 4, kind));
+        code.push(op(JUMP_NOT_EQUAL, 4, 0, 3, device.major.cast_signed()));
+        code.push(op(JUMP_NOT_EQUAL, 5, 0, 2, device.minor.cast_signed()));
+        // What this one does not permit is left to the refusal at the end.
+        code.push(op(JUMP_ANY_BIT, 2, 0, 1, denied));
         code.push(op(EXIT, 0, 0, 0, 0));
     }
     code.push(op(JUMP_EQUAL, 3, 0, 2, CHARACTER));
@@ -140,9 +144,9 @@ const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
-/// Limits what processes in this cgroup can open, besides these disks. The filter lives as long as the cgroup.
-pub(crate) fn attach(cgroup: &OwnedFd, disks: &[AllowedDisk]) -> Result<(), AgentError> {
-    let code = program(disks);
+/// Limits what processes in this cgroup can open, besides these devices. The filter lives as long as the cgroup.
+pub(crate) fn attach(cgroup: &OwnedFd, own: &[Allowed]) -> Result<(), AgentError> {
+    let code = program(own);
     let load = Load {
         kind: BPF_PROG_TYPE_CGROUP_DEVICE,
         count: u32::try_from(code.len())
@@ -198,9 +202,9 @@ mod tests {
         verdict_with(&[], kind, access, major, minor)
     }
 
-    fn verdict_with(disks: &[AllowedDisk], kind: i64, access: i64, major: i64, minor: i64) -> i64 {
+    fn verdict_with(own: &[Allowed], kind: i64, access: i64, major: i64, minor: i64) -> i64 {
         let context = [(access << 16) | kind, major, minor];
-        let code = program(disks);
+        let code = program(own);
         let mut registers = [0i64; 11];
         let mut at = 0usize;
         loop {
@@ -219,7 +223,8 @@ mod tests {
                 JUMP => at += jump,
                 JUMP_EQUAL if registers[to] == immediate => at += jump,
                 JUMP_NOT_EQUAL if registers[to] != immediate => at += jump,
-                JUMP_EQUAL | JUMP_NOT_EQUAL => {}
+                JUMP_ANY_BIT if registers[to] & immediate != 0 => at += jump,
+                JUMP_EQUAL | JUMP_NOT_EQUAL | JUMP_ANY_BIT => {}
                 EXIT => return registers[0],
                 other => panic!("opcode {other:#x}"),
             }
@@ -266,10 +271,12 @@ mod tests {
 
     #[test]
     fn the_container_s_own_disks_can_be_used_as_asked() {
-        let disk = |minor, readonly| AllowedDisk {
+        let disk = |minor, readonly: bool| Allowed {
+            block: true,
             major: 254,
             minor,
-            readonly,
+            read: true,
+            write: !readonly,
         };
         let disks = [disk(16, true), disk(32, false)];
         for (minor, access, may) in [
@@ -289,6 +296,31 @@ mod tests {
         }
         assert_eq!(verdict_with(&disks, 2, 2, 254, 32), 0);
         assert_eq!(verdict_with(&disks, 2, 2, 1, 3), 1);
+    }
+
+    #[test]
+    fn a_device_of_the_guest_s_can_be_used_as_asked_by_its_kind() {
+        let tun = |read, write| {
+            [Allowed {
+                block: false,
+                major: 10,
+                minor: 200,
+                read,
+                write,
+            }]
+        };
+        for (own, access, may) in [
+            (tun(true, true), 6, 1),
+            (tun(true, false), 2, 1),
+            (tun(true, false), 6, 0),
+            (tun(false, true), 4, 1),
+            (tun(false, true), 2, 0),
+            (tun(false, false), 2, 0),
+        ] {
+            assert_eq!(verdict_with(&own, 2, access, 10, 200), may, "{own:?} {access}");
+            assert_eq!(verdict_with(&own, 1, access, 10, 200), 0, "{own:?} {access}");
+            assert_eq!(verdict_with(&own, 2, access, 10, 229), 0, "{own:?} {access}");
+        }
     }
 
     #[test]

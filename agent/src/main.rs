@@ -32,6 +32,7 @@ mod names;
 mod netlink;
 mod network;
 mod output;
+mod own_devices;
 mod pod_volumes;
 mod process;
 mod remove;

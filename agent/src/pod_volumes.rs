@@ -16,7 +16,7 @@ use caisson_agent_api::v1::{self, pod_volume_source::Backing};
 use rustix::{
     fs::{Gid, Mode, OFlags, Uid, fchmod, fchown},
     io::Errno,
-    mount::{MountFlags, UnmountFlags, mount, unmount},
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
 };
 
 use crate::{
@@ -112,7 +112,12 @@ fn make(source: &v1::PodVolumeSource) -> Result<(), AgentError> {
         }
         None => return Err(AgentError::invalid("pod_volume", "has no backing")),
     }
-    let done = content(source).at(|| format!("making the directory of volume {}", source.id));
+    // Containers may have it mounted so that their mounts travel to the others.
+    let shared = mount_change(&below, MountPropagationFlags::SHARED);
+    let done = shared
+        .map_err(io::Error::from)
+        .and_then(|()| content(source))
+        .at(|| format!("making the directory of volume {}", source.id));
     if done.is_err()
         && let Err(error) = unmount(&below, UnmountFlags::DETACH)
     {

@@ -70,12 +70,12 @@ pub(crate) struct RootSpec {
     pub(crate) new_pid_namespace: bool,
     /// Made last of all, on whatever is mounted where they are.
     #[prost(message, repeated, tag = "20")]
-    pub(crate) disks: Vec<StageDisk>,
+    pub(crate) devices: Vec<StageDevice>,
 }
 
 /// A device node to be made.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct StageDisk {
+pub(crate) struct StageDevice {
     /// Absolute, in the container.
     #[prost(string, tag = "1")]
     pub(crate) path: String,
@@ -89,6 +89,13 @@ pub(crate) struct StageDisk {
     pub(crate) uid: u32,
     #[prost(uint32, tag = "6")]
     pub(crate) gid: u32,
+    /// A disk, no character device.
+    #[prost(bool, tag = "7")]
+    pub(crate) block: bool,
+    #[prost(bool, tag = "8")]
+    pub(crate) read: bool,
+    #[prost(bool, tag = "9")]
+    pub(crate) write: bool,
 }
 
 /// One mount.
@@ -114,6 +121,9 @@ pub(crate) struct StageMount {
     /// Its owners are ids of the pod, and have to be mapped where there is a user namespace.
     #[prost(bool, tag = "22")]
     pub(crate) pod_ids: bool,
+    /// How mounts at `source` travel; private unless it is a volume of the pod's.
+    #[prost(enumeration = "v1::MountPropagation", tag = "23")]
+    pub(crate) propagation: i32,
 }
 
 /// Who a process is, as numbers.

@@ -128,17 +128,8 @@ struct MountAttributes {
 
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 
-/// Mounts what is at `source` once more on `target`, with its owners mapped as in the namespace.
-pub(crate) fn bind_mapped(
-    source: &Path,
-    target: BorrowedFd<'_>,
-    namespace: BorrowedFd<'_>,
-) -> std::io::Result<()> {
-    let tree = open_tree(
-        rustix::fs::CWD,
-        source,
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-    )?;
+/// Maps the owners of a tree that is attached nowhere; what is mounted below its top keeps its own.
+pub(crate) fn map_owners(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> std::io::Result<()> {
     let attributes = MountAttributes {
         set: MOUNT_ATTR_IDMAP,
         user_namespace: u64::from(namespace.as_raw_fd().cast_unsigned()),
@@ -156,9 +147,25 @@ pub(crate) fn bind_mapped(
             size_of::<MountAttributes>(),
         )
     };
-    if answer != 0 {
-        return Err(std::io::Error::last_os_error());
+    if answer == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
     }
+}
+
+/// Mounts what is at `source` once more on `target`, with its owners mapped as in the namespace.
+pub(crate) fn bind_mapped(
+    source: &Path,
+    target: BorrowedFd<'_>,
+    namespace: BorrowedFd<'_>,
+) -> std::io::Result<()> {
+    let tree = open_tree(
+        rustix::fs::CWD,
+        source,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )?;
+    map_owners(tree.as_fd(), namespace)?;
     Ok(move_mount(
         tree.as_fd(),
         c"",

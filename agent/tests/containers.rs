@@ -199,6 +199,7 @@ async fn mounts_of_an_image_with_hostile_links_stay_in_the_container() {
         destination: "/escape/caisson-escape-test".into(),
         readonly: true,
         source: Some(v1::mount::Source::VolumeId("v".into())),
+        ..v1::Mount::default()
     }];
     let (exit, stdout, _) = agent.run("c", spec).await;
     assert_eq!((exit.exit_code, stdout.as_str()), (0, "contentcontent"));
@@ -215,6 +216,7 @@ async fn volumes_show_updates_and_readonly_ones_cannot_be_written() {
             destination: "/data/file".into(),
             readonly: true,
             source: Some(v1::mount::Source::VolumeId("v".into())),
+            ..v1::Mount::default()
         },
         v1::Mount {
             destination: "/data".into(),
@@ -223,6 +225,7 @@ async fn volumes_show_updates_and_readonly_ones_cannot_be_written() {
                 size_bytes: 1 << 20,
                 mode: 0o750,
             })),
+            ..v1::Mount::default()
         },
     ];
     agent.create("c", spec).await.unwrap();
@@ -244,6 +247,7 @@ async fn volumes_show_updates_and_readonly_ones_cannot_be_written() {
         destination: "/x".into(),
         readonly: false,
         source: Some(v1::mount::Source::VolumeId("nope".into())),
+        ..v1::Mount::default()
     }];
     assert_eq!(
         agent.create("d", unknown).await.unwrap_err().code(),
@@ -264,6 +268,7 @@ async fn a_readonly_root_keeps_its_mounts_writable_and_paths_are_masked() {
         destination: "/data".into(),
         readonly: false,
         source: Some(v1::mount::Source::Tmpfs(v1::TmpfsSource::default())),
+        ..v1::Mount::default()
     }];
     let (_, stdout, _) = agent.run("c", spec).await;
     assert_eq!(stdout, "ro\nrw\nro\n");

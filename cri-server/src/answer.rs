@@ -145,7 +145,7 @@ pub fn container_status(view: ContainerView) -> v1::ContainerStatus {
             .map(|path| path.to_string_lossy().into_owned())
             .unwrap_or_default(),
         resources: Some(v1::ContainerResources {
-            linux: Some(resources(&view.spec.guest)),
+            linux: Some(resources(&view.spec)),
             windows: None,
         }),
         user,
@@ -231,6 +231,7 @@ fn mounts(spec: &ContainerSpec) -> Vec<v1::Mount> {
             propagation: match mount.propagation {
                 Propagation::Private => v1::MountPropagation::PropagationPrivate,
                 Propagation::Slave => v1::MountPropagation::PropagationHostToContainer,
+                Propagation::Shared => v1::MountPropagation::PropagationBidirectional,
             }
             .into(),
             image: mount.image.as_ref().map(|image| v1::ImageSpec {
@@ -247,10 +248,11 @@ fn mounts(spec: &ContainerSpec) -> Vec<v1::Mount> {
         .collect()
 }
 
-fn resources(spec: &guest::ContainerSpec) -> v1::LinuxContainerResources {
+fn resources(spec: &ContainerSpec) -> v1::LinuxContainerResources {
+    let (spec, cpuset) = (&spec.guest, &spec.cpuset);
     let score = spec.process.as_ref().map_or(0, |process| process.oom_score_adj);
     let absent = guest::Resources::default();
-    translate::answered_resources(spec.resources.as_ref().unwrap_or(&absent), score)
+    translate::answered_resources(spec.resources.as_ref().unwrap_or(&absent), score, cpuset)
 }
 
 /// Whether a container is asked for. Ids may be prefixes, as crictl sends them.

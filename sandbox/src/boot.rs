@@ -28,6 +28,7 @@ use tokio::{
 use crate::{
     SandboxError, cgroup, console, guest, identity,
     journal::{PodPhase, PodRecord, blocking, private_dir},
+    pinning,
     registry::Node,
     scratch,
     undo::{Undo, UndoStack},
@@ -130,9 +131,14 @@ impl Boot {
         self.record.ips.clone_from(&network.ips);
 
         self.begin("launch");
+        self.undo.push(Undo::Cpuset);
         self.undo.push(Undo::Vm);
         let vm = self.launch(size, nics).await?;
         self.vm = Some(vm.clone());
+        let cpuset = self.record.spec.cpuset.clone();
+        if !cpuset.is_empty() {
+            pinning::pin(&self.node, &self.record, &vm, cpuset).await?;
+        }
         self.record.vm = Some(vm.record());
         self.report(Event::VmLaunched);
 

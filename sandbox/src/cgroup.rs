@@ -1,7 +1,7 @@
 //! The pod's leaf in the host's cgroup v2 tree: where VMM and helpers are accounted, and what memory the VM may have.
 //!
-//! On a host with cgroup v1 (or the hybrid layout) nothing is enforced; that is said once. Must not know limits of containers: those
-//! live in the guest.
+//! On a host with cgroup v1 (or the hybrid layout) nothing is enforced but CPUs and memory nodes, where somebody asks for them (`cpuset.rs`);
+//! that is said once. Must not know limits of containers: those live in the guest.
 
 use std::{
     fs,
@@ -13,6 +13,9 @@ use crate::{SandboxError, journal::absent_is_fine};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// Of the cpuset hierarchy of cgroup v1.
+const LEGACY_CPUSET: &str = "/sys/fs/cgroup/cpuset";
+
 /// How long an emptied cgroup may refuse to go away.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -20,6 +23,24 @@ const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub(crate) struct Cgroups {
     root: Option<PathBuf>,
+    /// Where there is no `root`.
+    legacy_cpuset: Option<PathBuf>,
+}
+
+/// Where the CPUs of a pod's VM are set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In its leaf of the unified hierarchy.
+    Unified {
+        /// Top of the hierarchy.
+        root: PathBuf,
+        /// The pod's own group.
+        leaf: PathBuf,
+    },
+    /// In a leaf of the v1 hierarchy that need not be there.
+    Legacy(PathBuf),
+    /// Nobody has made a group for the pod, or the host has no such hierarchy.
+    Nowhere,
 }
 
 impl Cgroups {
@@ -35,7 +56,29 @@ impl Cgroups {
                 "no cgroup v2 with a memory controller at {ROOT}: limits of pods are not enforced on their VMs"
             );
         }
-        Self { root }
+        let legacy = PathBuf::from(LEGACY_CPUSET);
+        let legacy_cpuset = (root.is_none() && legacy.join("cpuset.cpus").exists()).then_some(legacy);
+        Self { root, legacy_cpuset }
+    }
+
+    /// Where the CPUs of a pod are set. `leaf` is what [`Self::leaf`] has answered when the pod was made.
+    pub(crate) fn place(
+        &self,
+        leaf: Option<&Path>,
+        parent: Option<&str>,
+        id: &str,
+    ) -> Result<Place, SandboxError> {
+        Ok(match (leaf, &self.root, &self.legacy_cpuset) {
+            (Some(leaf), Some(root), _) => Place::Unified {
+                root: root.clone(),
+                leaf: leaf.to_owned(),
+            },
+            (_, None, Some(root)) => {
+                let parent = relative(parent.unwrap_or_default())?;
+                Place::Legacy(root.join(parent).join(format!("caisson-{id}")))
+            }
+            _ => Place::Nowhere,
+        })
     }
 
     /// The leaf of a pod below the group that kubelet made; `None` when nothing is enforced here.
@@ -87,6 +130,29 @@ fn relative(parent: &str) -> Result<PathBuf, SandboxError> {
     }
 }
 
+/// Makes a controller available in `leaf`, from the top down. Blocking.
+pub(crate) fn enable(root: &Path, leaf: &Path, controller: &str) -> Result<(), SandboxError> {
+    let above: Vec<_> = leaf
+        .ancestors()
+        .skip(1)
+        .take_while(|dir| dir.starts_with(root))
+        .collect();
+    for dir in above.into_iter().rev() {
+        let file = dir.join("cgroup.subtree_control");
+        let what = || format!("enable {controller} below {}", dir.display());
+        let enabled = fs::read_to_string(&file).map_err(SandboxError::io(what()))?;
+        if !enabled.split_whitespace().any(|name| name == controller) {
+            fs::write(&file, format!("+{controller}")).map_err(SandboxError::io(what()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a leaf of a v1 hierarchy once its processes are gone; absent is fine.
+pub(crate) async fn remove_legacy(leaf: &Path) -> Result<(), SandboxError> {
+    remove_empty(leaf, || format!("remove cgroup {}", leaf.display())).await
+}
+
 /// Makes the leaf. Blocking.
 pub(crate) fn make(leaf: &Path) -> Result<(), SandboxError> {
     fs::create_dir_all(leaf).map_err(SandboxError::io(format!("make cgroup {}", leaf.display())))
@@ -97,6 +163,10 @@ pub(crate) async fn remove(leaf: &Path) -> Result<(), SandboxError> {
     let what = || format!("remove cgroup {}", leaf.display());
     absent_is_fine(tokio::fs::write(leaf.join("cgroup.kill"), "1").await)
         .map_err(SandboxError::io(what()))?;
+    remove_empty(leaf, what).await
+}
+
+async fn remove_empty(leaf: &Path, what: impl Fn() -> String) -> Result<(), SandboxError> {
     let gone = async {
         loop {
             match absent_is_fine(tokio::fs::remove_dir(leaf).await) {
@@ -144,6 +214,7 @@ mod tests {
         fs::write(dir.path().join("a/memory.max"), "1000\n").unwrap();
         fs::write(parent.join("memory.max"), "max\n").unwrap();
         let groups = Cgroups {
+            legacy_cpuset: None,
             root: Some(dir.path().to_owned()),
         };
         let leaf = groups.leaf(Some("/a/b"), "x").unwrap().unwrap();
@@ -151,6 +222,37 @@ mod tests {
         assert_eq!(groups.memory_max(&leaf), Some(1000));
         fs::write(parent.join("memory.max"), "10\n").unwrap();
         assert_eq!(groups.memory_max(&leaf), Some(10));
-        assert_eq!(Cgroups { root: None }.leaf(Some("/a"), "x").unwrap(), None);
+        let nowhere = Cgroups {
+            root: None,
+            legacy_cpuset: None,
+        };
+        assert_eq!(nowhere.leaf(Some("/a"), "x").unwrap(), None);
+        assert_eq!(nowhere.place(None, Some("/a"), "x").unwrap(), Place::Nowhere);
+    }
+
+    #[test]
+    fn cpus_are_set_in_the_leaf_or_in_the_older_hierarchy() {
+        let groups = |root: Option<&str>, legacy: Option<&str>| Cgroups {
+            root: root.map(PathBuf::from),
+            legacy_cpuset: legacy.map(PathBuf::from),
+        };
+        let leaf = Path::new("/c/a/caisson-x");
+        assert_eq!(
+            groups(Some("/c"), None)
+                .place(Some(leaf), Some("/a"), "x")
+                .unwrap(),
+            Place::Unified {
+                root: "/c".into(),
+                leaf: leaf.into()
+            }
+        );
+        assert_eq!(
+            groups(Some("/c"), None).place(None, None, "x").unwrap(),
+            Place::Nowhere
+        );
+        assert_eq!(
+            groups(None, Some("/s")).place(None, Some("/a"), "x").unwrap(),
+            Place::Legacy("/s/a/caisson-x".into())
+        );
     }
 }

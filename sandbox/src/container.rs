@@ -108,6 +108,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
             destination: pushed.container_path.clone(),
             readonly: pushed.readonly,
             source: Some(guest::mount::Source::VolumeId(volume_id)),
+            ..guest::Mount::default()
         });
     }
     for volume in &spec.image_volumes {
@@ -125,6 +126,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
                 serial,
                 sub_path: volume.sub_path.clone(),
             })),
+            ..guest::Mount::default()
         });
     }
     wanted

@@ -39,7 +39,7 @@ impl Actor {
 
     pub(crate) async fn request(&mut self, asked: Request) {
         match asked {
-            Request::Create { spec, reply } => self.create(*spec, reply),
+            Request::Create { spec, reply } => self.create(*spec, reply).await,
             Request::Start { id, reply } => self.start(&id, reply),
             Request::Stop { id, grace, reply } => self.stop(&id, grace, reply),
             Request::Remove { id, reply } => self.remove(&id, reply),
@@ -64,7 +64,7 @@ impl Actor {
                     Work::Answered
                 });
             }
-            Request::Update { id, change, reply } => self.update(&id, *change, reply),
+            Request::Update { id, change, reply } => self.update(&id, *change, reply).await,
             Request::Resize { change, reply } => self.resize(change, reply).await,
             Request::Usage { ids, limit, reply } => self.usage(ids, limit, reply),
             Request::ReopenLog { id, reply } => {
@@ -117,7 +117,7 @@ impl Actor {
         })
     }
 
-    fn create(&mut self, spec: ContainerSpec, reply: Reply<ContainerId>) {
+    async fn create(&mut self, spec: ContainerSpec, reply: Reply<ContainerId>) {
         let same = |entry: &&mut Entry| {
             entry.record.spec.name == spec.name
                 && entry.record.spec.attempt == spec.attempt
@@ -152,6 +152,11 @@ impl Actor {
         };
         if self.work_in_progress() >= WORK_LIMIT {
             return answer(reply, Err(SandboxError::Busy(self.record.id.0.clone())));
+        }
+        if !spec.cpuset.is_empty()
+            && let Err(error) = self.pin_with(None, &spec.cpuset).await
+        {
+            return answer(reply, Err(error));
         }
         let id = ContainerId(crate::new_id());
         let record = ContainerRecord {
@@ -309,6 +314,9 @@ impl Actor {
             Work::Ended { id, exit } => {
                 tracing::info!(container.id = %id.0, code = exit.code, reason = exit.reason.as_str(), "container ended");
                 self.advance(&id, Event::Ended(exit)).await;
+                if let Some(entry) = self.containers.get(&id) {
+                    self.pin_without(&entry.record.spec.cpuset).await;
+                }
             }
             Work::StopDone { id } => {
                 if let Some(entry) = self.containers.get_mut(&id) {
@@ -350,7 +358,9 @@ impl Actor {
                     .for_each(|reply| answer(reply, Ok(id.clone())));
             }
             Err(error) => {
-                self.containers.remove(id);
+                if let Some(entry) = self.containers.remove(id) {
+                    self.pin_without(&entry.record.spec.cpuset).await;
+                }
                 self.publish();
                 if let Some(live) = self.live.clone() {
                     let id = id.clone();
@@ -429,8 +439,12 @@ impl Actor {
         let waiting = std::mem::take(&mut entry.removing);
         if effects.contains(&Effect::Forget) {
             entry.ended.send_replace(true);
-            let changes = std::mem::take(&mut entry.changes);
+            let (changes, cpuset) = (
+                std::mem::take(&mut entry.changes),
+                entry.record.spec.cpuset.clone(),
+            );
             self.containers.remove(id);
+            self.pin_without(&cpuset).await;
             changes.into_iter().for_each(|change| {
                 answer(change.reply, Err(SandboxError::NoContainer(id.0.clone())));
             });

@@ -7,6 +7,9 @@ use caisson_net::PodNetwork;
 
 use crate::{SandboxError, guest, journal::PodRecord, scratch};
 
+/// /dev/shm of a pod without a limit.
+const USUAL_SHM_BYTES: u64 = 64 << 20;
+
 /// Bytes of entropy for the guest's random pool.
 const ENTROPY_BYTES: usize = 64;
 
@@ -45,9 +48,15 @@ pub(crate) fn request(
         scratch_serial: scratch::SERIAL.into(),
         realtime_nanos: u64::try_from(realtime).unwrap_or(0),
         entropy: entropy()?,
-        shm_bytes: 0,
+        shm_bytes: shm_bytes(spec.limits.memory_bytes),
         user_namespace: spec.user_namespace.clone(),
     })
+}
+
+/// Bytes of the pod's /dev/shm: what programs expect of any runtime, and as much as the pod's limit where that is more. What is written
+/// there is charged to the container that writes, so its own limit holds all the same.
+fn shm_bytes(limit: Option<u64>) -> u64 {
+    limit.unwrap_or(0).max(USUAL_SHM_BYTES)
 }
 
 fn interface(interface: &caisson_net::GuestInterface) -> guest::Interface {

@@ -442,6 +442,7 @@ mod tests {
                 termination_file: None,
                 log_path: None,
                 stop_signal: 15,
+                cpuset: crate::cpuset::Cpuset::default(),
                 image_volumes: vec![],
                 mounts: vec![],
             },

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use caisson_lifecycle::sizing::VmSize;
 
-use crate::{SandboxError, guest, spec::PodLimits};
+use crate::{SandboxError, cpuset::Cpuset, guest, spec::PodLimits};
 
 /// The kernel's own cpu.max period.
 const DEFAULT_PERIOD_MICROS: u64 = 100_000;
@@ -30,6 +30,8 @@ pub struct LimitChange {
     pub hugepage_limits: BTreeMap<String, u64>,
     /// cgroup v2 file -> value.
     pub unified: BTreeMap<String, String>,
+    /// CPUs and memory nodes of the host.
+    pub cpuset: Cpuset,
 }
 
 impl LimitChange {
@@ -72,12 +74,14 @@ fn set<T>(place: &mut T, value: Option<T>) {
 }
 
 /// Limits of a pod that shall change; `None` stays.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PodLimitChange {
     /// Sum of the containers' limits.
     pub limits: PodLimits,
     /// What the runtime class adds for the VM itself; counted in the pod's cgroup on the host, not inside the VM.
     pub overhead: PodLimits,
+    /// CPUs and memory nodes of the host, besides those of containers.
+    pub cpuset: Cpuset,
 }
 
 /// Refuses limits of a container that grow beyond the VM. What was there before is not looked at again.

@@ -18,11 +18,11 @@ use crate::{
     ContainerId, PodNetworks, SandboxError, SandboxId, SandboxesConfig,
     cgroup::Cgroups,
     events::Listeners,
-    guest::StatsReply,
     journal::Journal,
     limits::{LimitChange, PodLimitChange},
     spec::{ContainerSpec, ExecOutput, ExecSpec, PodIdentity},
     streams::Reach,
+    usage::Readings,
     view::{ContainerView, SandboxState, SandboxView},
     volumes::watch::Watcher,
 };
@@ -95,7 +95,7 @@ pub(crate) enum Request {
     Usage {
         ids: Vec<String>,
         limit: Duration,
-        reply: Reply<StatsReply>,
+        reply: Reply<Readings>,
     },
     /// How a running container is reached.
     Reach {

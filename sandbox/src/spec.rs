@@ -9,7 +9,7 @@ use caisson_agent_api::v1 as guest;
 use caisson_net::PodNetworkSpec;
 use serde::{Deserialize, Serialize};
 
-use crate::SandboxError;
+use crate::{SandboxError, cpuset::Cpuset};
 
 /// A pod to run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,6 +44,9 @@ pub struct PodSpec {
     pub cgroup_parent: Option<String>,
     /// Sum of the containers' limits as known when the pod starts.
     pub limits: PodLimits,
+    /// CPUs and memory nodes of the host for the VM, besides those of its containers.
+    #[serde(default)]
+    pub cpuset: Cpuset,
 }
 
 impl PodSpec {
@@ -64,6 +67,7 @@ impl PodSpec {
             user_namespace: None,
             cgroup_parent: None,
             limits: PodLimits::default(),
+            cpuset: Cpuset::default(),
         }
     }
 }
@@ -120,6 +124,9 @@ pub struct ContainerSpec {
     pub log_path: Option<PathBuf>,
     /// What StopContainer sends first; a number of signal(7).
     pub stop_signal: u32,
+    /// CPUs and memory nodes of the host; the guest does not see them.
+    #[serde(default)]
+    pub cpuset: Cpuset,
     /// Images that are mounted besides.
     #[serde(default)]
     pub image_volumes: Vec<ImageVolume>,
@@ -149,6 +156,7 @@ impl ContainerSpec {
             termination_file: None,
             log_path: None,
             stop_signal: 15,
+            cpuset: Cpuset::default(),
             image_volumes: Vec::new(),
             mounts: Vec::new(),
         }
@@ -237,7 +245,7 @@ pub struct HostDisk {
     pub readonly: bool,
 }
 
-/// How later mounts of the host travel to a container; the other direction does not exist.
+/// How later mounts travel between a container and what it has mounted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Propagation {
     /// Not at all.
@@ -245,6 +253,8 @@ pub enum Propagation {
     Private,
     /// They appear (rslave, Kubernetes' HostToContainer).
     Slave,
+    /// And the container's own appear to the pod's other containers (rshared, Bidirectional); never on the host.
+    Shared,
 }
 
 /// A mount as it was asked for.

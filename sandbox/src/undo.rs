@@ -9,7 +9,8 @@ use std::{fs, path::PathBuf, sync::Arc};
 use caisson_hypervisor::Vm;
 
 use crate::{
-    SandboxError, cgroup,
+    SandboxError,
+    cgroup::{self, Place},
     journal::{PodRecord, absent_is_fine, blocking},
     registry::Node,
 };
@@ -27,6 +28,8 @@ pub(crate) enum Undo {
     RunDir,
     /// The leaf in the pod's cgroup.
     Cgroup(PathBuf),
+    /// The leaf in the cpuset hierarchy of a host with cgroup v1.
+    Cpuset,
     /// Every process of the VM.
     Vm,
 }
@@ -50,6 +53,7 @@ impl UndoStack {
         if let Some(leaf) = &record.cgroup {
             stack.push(Undo::Cgroup(leaf.clone()));
         }
+        stack.push(Undo::Cpuset);
         stack.push(Undo::Vm);
         stack
     }
@@ -119,6 +123,13 @@ impl Undo {
                 .await
             }
             Self::Cgroup(leaf) => cgroup::remove(leaf).await,
+            Self::Cpuset => {
+                let parent = record.spec.cgroup_parent.as_deref();
+                match node.cgroups.place(record.cgroup.as_deref(), parent, id)? {
+                    Place::Legacy(leaf) => cgroup::remove_legacy(&leaf).await,
+                    Place::Unified { .. } | Place::Nowhere => Ok(()),
+                }
+            }
             Self::Vm => {
                 kill(node, id, vm).await?;
                 // Its file server ends with its connections; it is not waited for, but seen to be gone.

@@ -6,11 +6,15 @@
 use crate::{
     ContainerId, SandboxError,
     actor::{Actor, answer},
+    charged,
+    cpuset::Cpuset,
     entry::{Change, Work},
     guest,
+    journal::blocking,
     limits::{self, LimitChange, PodLimitChange},
     registry::Reply,
     spec::PodLimits,
+    usage::{Readings, nanos},
 };
 use caisson_lifecycle::{container::State, sandbox, sizing::VmSize};
 
@@ -18,17 +22,37 @@ use caisson_lifecycle::{container::State, sandbox, sizing::VmSize};
 const CHANGES_LIMIT: usize = 64;
 
 impl Actor {
-    pub(crate) fn update(&mut self, id: &ContainerId, change: LimitChange, reply: Reply<()>) {
-        let Some(entry) = self.containers.get_mut(id) else {
+    pub(crate) async fn update(&mut self, id: &ContainerId, change: LimitChange, reply: Reply<()>) {
+        let Some(entry) = self.containers.get(id) else {
             return answer(reply, Err(SandboxError::NoContainer(id.0.clone())));
         };
         if entry.changes.len() >= CHANGES_LIMIT {
             return answer(reply, Err(SandboxError::Busy(self.record.id.0.clone())));
         }
+        if !change.cpuset.is_empty()
+            && let Err(error) = self.pin_changed(id, &change.cpuset).await
+        {
+            return answer(reply, Err(error));
+        }
+        let Some(entry) = self.containers.get_mut(id) else {
+            return answer(reply, Err(SandboxError::NoContainer(id.0.clone())));
+        };
         entry.changes.push_back(Change { change, reply });
         if entry.changes.len() == 1 {
             self.next_change(id);
         }
+    }
+
+    /// The host's part of a change goes first: it is the one that may not be possible.
+    async fn pin_changed(&self, id: &ContainerId, change: &Cpuset) -> Result<(), SandboxError> {
+        let Some(entry) = self.containers.get(id) else {
+            return Err(SandboxError::NoContainer(id.0.clone()));
+        };
+        if !matches!(entry.state, State::Created | State::Running { .. }) {
+            return Err(entry.wrong_state("update"));
+        }
+        let own = entry.record.spec.cpuset.changed(change);
+        self.pin_with(Some(id), &own).await
     }
 
     /// Begins the first of the changes that wait; those that cannot be are answered.
@@ -94,9 +118,15 @@ impl Actor {
         id: &ContainerId,
         result: Result<Box<guest::Resources>, SandboxError>,
     ) {
+        let cpuset = self
+            .containers
+            .get(id)
+            .and_then(|entry| Some(entry.changes.front()?.change.cpuset.clone()));
+        let cpuset = cpuset.unwrap_or_default();
         let result = match (result, self.containers.get_mut(id)) {
             (Ok(after), Some(entry)) => {
                 entry.record.spec.guest.resources = Some(*after);
+                entry.record.spec.cpuset = entry.record.spec.cpuset.changed(&cpuset);
                 let score = entry.changes.front().and_then(|first| first.change.oom_score_adj);
                 if let (Some(score), Some(process)) = (score, &mut entry.record.spec.guest.process) {
                     process.oom_score_adj = score;
@@ -104,7 +134,10 @@ impl Actor {
                 self.persist(id).await
             }
             (Ok(_), None) => Ok(()),
-            (Err(error), _) => Err(error),
+            (Err(error), _) => {
+                self.pin_without(&cpuset).await;
+                Err(error)
+            }
         };
         self.end_change(id, result);
         self.next_change(id);
@@ -144,22 +177,30 @@ impl Actor {
         };
         let overhead = self.node.config.guest_overhead_mib;
         limits::check_pod(id, before, after, self.vm_size()?, overhead)?;
-        if after == before {
-            return Ok(());
-        }
         let mut record = self.record.clone();
         record.spec.limits = after;
-        self.node.journal.write_pod(&record).await?;
-        self.record = record;
-        Ok(())
+        record.spec.cpuset = record.spec.cpuset.changed(&change.cpuset);
+        if record.spec == self.record.spec {
+            return Ok(());
+        }
+        let previous = std::mem::replace(&mut self.record, record);
+        let pinned = if change.cpuset.is_empty() {
+            Ok(())
+        } else {
+            self.pin_with(None, &Cpuset::default()).await
+        };
+        let done = match pinned {
+            Ok(()) => self.node.journal.write_pod(&self.record).await,
+            Err(error) => Err(error),
+        };
+        if done.is_err() {
+            self.record = previous;
+            self.pin_without(&change.cpuset).await;
+        }
+        done
     }
 
-    pub(crate) fn usage(
-        &mut self,
-        ids: Vec<String>,
-        limit: std::time::Duration,
-        reply: Reply<guest::StatsReply>,
-    ) {
+    pub(crate) fn usage(&mut self, ids: Vec<String>, limit: std::time::Duration, reply: Reply<Readings>) {
         let Some(live) = self.live.clone() else {
             let what = format!("ask pod sandbox {} what it uses", self.record.id.0);
             let state = self.state.as_str().into();
@@ -169,9 +210,17 @@ impl Actor {
             return answer(reply, Err(SandboxError::Busy(self.record.id.0.clone())));
         }
         let what = format!("ask the guest of pod sandbox {} what it uses", self.record.id.0);
+        let leaf = self.record.cgroup.clone();
         self.spawn_work(async move {
             let stats = live.guest.stats(ids, limit.min(live.deadline)).await;
-            answer(reply, stats.map_err(SandboxError::guest(what)));
+            let now = nanos(std::time::SystemTime::now());
+            let host = leaf.map(|leaf| blocking(move || Ok(charged::read(&leaf, now))));
+            let host = match host {
+                Some(reading) => reading.await.ok().flatten(),
+                None => None,
+            };
+            let readings = stats.map(|guest| Readings { guest, host });
+            answer(reply, readings.map_err(SandboxError::guest(what)));
             Work::Answered
         });
     }

@@ -28,7 +28,7 @@ const RATE_WINDOW: Duration = Duration::from_secs(1);
 pub struct PodUsage {
     /// The pod.
     pub sandbox: SandboxView,
-    /// All its containers together.
+    /// All of it: on a host with cgroup v2 what its group there is charged, VMM and guest kernel included; else its containers together.
     pub total: Usage,
     /// Each container that is there.
     pub containers: Vec<ContainerUsage>,
@@ -54,6 +54,14 @@ pub struct Usage {
     pub cgroup: guest::CgroupStats,
     /// Thousand-millionths of a CPU, over at least [`RATE_WINDOW`] before this reading; `None` before there are two.
     pub nano_cores: Option<u64>,
+}
+
+/// What is read for a pod at one time.
+pub(crate) struct Readings {
+    /// By the guest.
+    pub(crate) guest: guest::StatsReply,
+    /// Of the pod's group on the host; `None` where it has none.
+    pub(crate) host: Option<guest::CgroupStats>,
 }
 
 impl Sandboxes {
@@ -106,7 +114,10 @@ impl Sandboxes {
     ) -> Result<PodUsage, SandboxError> {
         let began = SystemTime::now();
         let whole = ids.is_empty();
-        let mut stats = self
+        let Readings {
+            guest: mut stats,
+            host,
+        } = self
             .ask(handle, "question for usage", |reply| Request::Usage {
                 ids,
                 limit,
@@ -146,7 +157,7 @@ impl Sandboxes {
             })
             .collect();
         let total = if whole {
-            usage(&pod, stats.pod)
+            usage(&pod, whole_pod(stats.pod, host))
         } else {
             Usage {
                 cgroup: stats.pod.unwrap_or_default(),
@@ -172,7 +183,22 @@ impl Sandboxes {
     }
 }
 
-fn nanos(time: SystemTime) -> u64 {
+/// What the host charges to the pod, with the guest's count of processes; where the host counts nothing, what the containers use.
+fn whole_pod(
+    containers: Option<guest::CgroupStats>,
+    host: Option<guest::CgroupStats>,
+) -> Option<guest::CgroupStats> {
+    let Some(host) = host else { return containers };
+    let containers = containers.unwrap_or_default();
+    Some(guest::CgroupStats {
+        processes: containers.processes,
+        tasks: containers.tasks,
+        tasks_max: containers.tasks_max,
+        ..host
+    })
+}
+
+pub(crate) fn nanos(time: SystemTime) -> u64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

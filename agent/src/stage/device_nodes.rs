@@ -3,15 +3,18 @@
 use std::{fs, os::fd::OwnedFd, os::unix::fs::FileTypeExt, os::unix::fs::MetadataExt};
 
 use rustix::{
-    fs::{AtFlags, Dev, FileType, Gid, Mode, Uid, chmodat, chownat, makedev, mkdirat, mknodat, symlinkat},
+    fs::{
+        AtFlags, Dev, FileType, Gid, Mode, Uid, chmodat, chownat, makedev, mkdirat, mknodat, statat,
+        symlinkat, unlinkat,
+    },
     io::Errno,
     process::umask,
 };
 
-use super::{At, StageError};
+use super::{At, StageError, users::Users};
 use crate::{
     rootfs::{self, Want},
-    stage_spec::StageDisk,
+    stage_spec::StageDevice,
 };
 
 /// Name, major, minor: what every container has.
@@ -66,20 +69,35 @@ fn fill(directory: &OwnedFd, all: bool) -> Result<(), StageError> {
     Ok(())
 }
 
-/// Makes the node of a disk at its path inside `root`.
-pub(super) fn disk(root: &OwnedFd, disk: &StageDisk) -> Result<(), StageError> {
-    let path = &disk.path;
+/// Makes the node of a device that the container has for itself, at its path inside `root`, in place of a node that is there.
+pub(super) fn own(root: &OwnedFd, wanted: &StageDevice, users: Option<&Users<'_>>) -> Result<(), StageError> {
+    let path = &wanted.path;
     let step = || format!("creating {path}");
     let (parent, name) = path.trim_end_matches('/').rsplit_once('/').unwrap_or(("", path));
     let parent = rootfs::ensure(root, parent, Want::Directory).at(step)?;
-    let device = makedev(disk.major, disk.minor);
-    mknodat(&parent, name, FileType::BlockDevice, Mode::empty(), device).at(step)?;
-    let (uid, gid) = (Uid::from_raw(disk.uid), Gid::from_raw(disk.gid));
-    chownat(&parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).at(step)?;
+    let kind = if wanted.block {
+        FileType::BlockDevice
+    } else {
+        FileType::CharacterDevice
+    };
+    // One of the usual nodes, or of an image's: anything else is in the way.
+    let there =
+        statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| FileType::from_raw_mode(stat.st_mode));
+    if matches!(there, Ok(FileType::CharacterDevice | FileType::BlockDevice)) {
+        unlinkat(&parent, name, AtFlags::empty()).at(step)?;
+    }
+    let device = makedev(wanted.major, wanted.minor);
+    mknodat(&parent, name, kind, Mode::empty(), device).at(step)?;
+    // An owner whom the pod's namespace does not have is nobody in it, as for any other file.
+    let (user, group) = users.map_or((Some(wanted.uid), Some(wanted.gid)), |users| {
+        (users.user(wanted.uid), users.group(wanted.gid))
+    });
+    let (uid, gid) = (user.map(Uid::from_raw), group.map(Gid::from_raw));
+    chownat(&parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW).at(step)?;
     chmodat(
         &parent,
         name,
-        Mode::from_raw_mode(disk.mode & 0o777),
+        Mode::from_raw_mode(wanted.mode & 0o777),
         AtFlags::empty(),
     )
     .at(step)

@@ -8,12 +8,13 @@ use std::{
     path::Path,
 };
 
+use caisson_agent_api::v1::MountPropagation;
 use rustix::{
     fs::{Mode, OFlags, StatVfsMountFlags},
     io::Errno,
     mount::{
-        MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount,
-        unmount,
+        MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
+        mount_bind_recursive, mount_change, mount_remount, move_mount, open_tree, unmount,
     },
 };
 
@@ -21,7 +22,7 @@ use super::{At, StageError, device_nodes, users::Users};
 use crate::{
     rootfs::{self, Want, name_of},
     stage_spec::{RootSpec, StageMount},
-    user_namespace::bind_mapped,
+    user_namespace::{bind_mapped, map_owners},
 };
 
 /// The group of terminals.
@@ -35,6 +36,12 @@ pub(crate) const POD_SHM: &str = "/run/shm";
 
 /// Mounts everything into the root; the answer is an open location of the root.
 pub(super) fn build(spec: &RootSpec, users: Option<&Users<'_>>) -> Result<OwnedFd, StageError> {
+    // While this namespace's mounts are still those of the agent's, to and from which others travel.
+    let travelling = spec
+        .mounts
+        .iter()
+        .map(travelling)
+        .collect::<Result<Vec<_>, _>>()?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .at(|| "making the mount namespace private")?;
     let root = rustix::fs::open(
@@ -44,11 +51,14 @@ pub(super) fn build(spec: &RootSpec, users: Option<&Users<'_>>) -> Result<OwnedF
     )
     .at(|| format!("opening the root file system {}", spec.path))?;
     kernel_file_systems(&root, spec.privileged, users)?;
-    for mount in &spec.mounts {
-        one(&root, mount, users)?;
+    for (mount, tree) in spec.mounts.iter().zip(travelling) {
+        match tree {
+            Some(tree) => attach(&root, mount, &tree, users)?,
+            None => one(&root, mount, users)?,
+        }
     }
-    for disk in &spec.disks {
-        device_nodes::disk(&root, disk)?;
+    for device in &spec.devices {
+        device_nodes::own(&root, device, users)?;
     }
     for path in &spec.readonly_paths {
         make_readonly(&root, path)?;
@@ -114,13 +124,68 @@ fn special(
     mount(kind, name_of(&target), kind, flags, options).at(|| format!("mounting {kind} on {path}"))
 }
 
+/// A copy of what is to be mounted, attached nowhere, which mounts travel to; `None` when they shall not.
+fn travelling(wanted: &StageMount) -> Result<Option<OwnedFd>, StageError> {
+    if wanted.propagation() == MountPropagation::MountPrivate {
+        return Ok(None);
+    }
+    let source = opened(wanted)?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = open_tree(&source, c"", flags).at(|| format!("copying the mounts at {}", wanted.source))?;
+    Ok(Some(tree))
+}
+
+/// What is to be bound, as a location.
+fn opened(wanted: &StageMount) -> Result<OwnedFd, StageError> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let source =
+        rustix::fs::open(&wanted.source, flags, Mode::empty()).at(|| format!("opening {}", wanted.source))?;
+    if wanted.inside.is_empty() {
+        return Ok(source);
+    }
+    rootfs::open(&source, &wanted.inside, OFlags::PATH)
+        .at(|| format!("opening {} in {}", wanted.inside, wanted.source))
+}
+
+/// Attaches such a copy.
+fn attach(
+    root: &OwnedFd,
+    wanted: &StageMount,
+    tree: &OwnedFd,
+    users: Option<&Users<'_>>,
+) -> Result<(), StageError> {
+    let path = &wanted.destination;
+    let step = || format!("binding {} to {path}", wanted.source);
+    let metadata = std::fs::metadata(name_of(tree)).at(step)?;
+    let want = if metadata.is_dir() {
+        Want::Directory
+    } else {
+        Want::File
+    };
+    let target = destination(root, path, want)?;
+    if let Some(users) = users.filter(|_| wanted.pod_ids) {
+        map_owners(tree.as_fd(), users.namespace.as_fd()).at(step)?;
+    }
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+    move_mount(tree, c"", rustix::fs::CWD, name_of(&target).as_path(), flags).at(step)?;
+    if wanted.propagation() == MountPropagation::MountSlave {
+        let mounted = rootfs::open(root, path, OFlags::PATH).at(step)?;
+        let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        mount_change(name_of(&mounted), flags).at(step)?;
+    }
+    if wanted.readonly {
+        remount_readonly(root, path)?;
+    }
+    Ok(())
+}
+
 fn one(root: &OwnedFd, wanted: &StageMount, users: Option<&Users<'_>>) -> Result<(), StageError> {
     let path = &wanted.destination;
     if !wanted.inside.is_empty() {
-        let step = || format!("opening {} in {}", wanted.inside, wanted.source);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let volume = rustix::fs::open(&wanted.source, flags, Mode::empty()).at(step)?;
-        let inside = rootfs::open(&volume, &wanted.inside, OFlags::PATH).at(step)?;
+        let inside = opened(wanted)?;
         let source = name_of(&inside).to_string_lossy().into_owned();
         let users = users.filter(|_| wanted.pod_ids);
         return bind(root, path, &source, wanted.readonly, users);
@@ -159,7 +224,10 @@ fn bind(
     match users {
         Some(users) => bind_mapped(Path::new(source), target.as_fd(), users.namespace.as_fd())
             .at(|| format!("binding {source} to {path} with the ids of the user namespace"))?,
-        None => mount_bind(source, name_of(&target)).at(|| format!("binding {source} to {path}"))?,
+        // With what other containers have mounted in a volume of the pod's so far.
+        None => {
+            mount_bind_recursive(source, name_of(&target)).at(|| format!("binding {source} to {path}"))?
+        }
     }
     if readonly {
         remount_readonly(root, path)?;

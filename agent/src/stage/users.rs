@@ -24,7 +24,8 @@ impl Users<'_> {
         (self.user(0).unwrap_or(0), self.group(0).unwrap_or(0))
     }
 
-    fn user(&self, id: u32) -> Option<u32> {
+    /// What a user of the pod is outside.
+    pub(super) fn user(&self, id: u32) -> Option<u32> {
         user_namespace::outside(&self.mapping.uids, id)
     }
 

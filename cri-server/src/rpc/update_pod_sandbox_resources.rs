@@ -20,9 +20,16 @@ pub(super) async fn handle(
     note("sandbox.id", sandbox);
     let mut refusals = Refusals::default();
     let change = PodLimitChange {
-        limits: translate::pod_limits(request.resources.as_ref(), "resources", &mut refusals),
-        overhead: translate::pod_limits(request.overhead.as_ref(), "overhead", &mut refusals),
+        limits: translate::pod_limits(request.resources.as_ref()),
+        overhead: translate::pod_limits(request.overhead.as_ref()),
+        cpuset: translate::cpuset(request.resources.as_ref(), "resources", &mut refusals),
     };
+    let overhead = translate::cpuset(request.overhead.as_ref(), "overhead", &mut refusals);
+    refusals.add_if(
+        !overhead.is_empty(),
+        "overhead",
+        "cpusets are those of the pod: the VM has none of its own",
+    );
     let change = refusals.settle(change)?;
     runtime.sandboxes.resize(sandbox, change).await?;
     Ok(v1::UpdatePodSandboxResourcesResponse {})

@@ -10,7 +10,7 @@ use caisson_sandbox::{
 };
 
 use super::{
-    MountImages, Refusals, disks, image_mounts, mounts, namespaces, pod, process, resources, security,
+    MountImages, Refusals, devices, image_mounts, mounts, namespaces, pod, process, resources, security,
     signals,
 };
 
@@ -36,11 +36,19 @@ pub fn container_spec(
         config.annotations.get(mounts::TERMINATION_PATH),
         &mut refusals,
     );
+    for (index, mount) in config.mounts.iter().enumerate() {
+        let shared = v1::MountPropagation::PropagationBidirectional as i32;
+        refusals.add_if(
+            pod.user_namespace.is_some() && mount.propagation == shared,
+            &format!("config.mounts[{index}].propagation"),
+            "PROPAGATION_BIDIRECTIONAL is not possible in a pod with a user namespace: what is mounted there stays there",
+        );
+    }
     let (image_volumes, image_records): (Vec<_>, Vec<_>) =
         image_mounts::image_volumes(&config.mounts, mounted, &mut refusals)
             .into_iter()
             .unzip();
-    let disks = disks::disks(&config.devices, &mut refusals);
+    let devices = devices::devices(&config.devices, &mut refusals);
     let process = process::process(
         &config,
         &context,
@@ -49,7 +57,7 @@ pub fn container_spec(
         oom_score_adj,
         &mut refusals,
     );
-    let guest = guest_spec(
+    let mut guest = guest_spec(
         &config,
         &context,
         process,
@@ -59,6 +67,7 @@ pub fn container_spec(
         image,
         &mut refusals,
     );
+    guest.character_devices = devices.character;
     let spec = ContainerSpec {
         name: name.to_owned(),
         attempt: config.metadata.as_ref().map_or(0, |metadata| metadata.attempt),
@@ -66,7 +75,8 @@ pub fn container_spec(
         guest,
         files: mounts.files,
         volumes: mounts.volumes,
-        disks,
+        disks: devices.disks,
+        cpuset: resources::cpuset(linux.resources.as_ref(), "config.linux.resources", &mut refusals),
         termination_file: mounts.termination.map(|(host, _)| host),
         log_path: log_path(&config.log_path, &mut refusals),
         stop_signal: stop_signal(config.stop_signal, &image.config, &mut refusals),
@@ -186,6 +196,7 @@ fn guest_spec(
         stdin_once: config.stdin_once,
         hostname: String::new(),
         block_devices: Vec::new(),
+        character_devices: Vec::new(),
     }
 }
 

@@ -6,7 +6,7 @@
 mod capabilities;
 mod container;
 mod credentials;
-mod disks;
+mod devices;
 mod image_mounts;
 mod mounts;
 mod namespaces;
@@ -25,7 +25,7 @@ pub use image_mounts::{MountImages, mounted_images};
 pub use namespaces::target_container;
 pub use pod::pod_spec;
 pub use refusals::{Refusal, Refusals};
-pub(crate) use resources::{answered as answered_resources, limit_change, pod_limits};
+pub(crate) use resources::{answered as answered_resources, cpuset, limit_change, pod_limits};
 pub use signals::{cri_signal, signal_number};
 
 /// Runtime handlers that are this runtime; the empty one is kubelet's default.

@@ -131,18 +131,15 @@ fn possible(mount: &v1::Mount, field: &str, refusals: &mut Refusals) -> bool {
     refusals.list().len() == before
 }
 
-/// How later mounts travel; `None` for what a VM cannot do.
+/// How later mounts travel. For which volumes that can be is known when it is known what they are.
 fn propagation(mount: &v1::Mount, field: &str, refusals: &mut Refusals) -> Option<Propagation> {
-    let mode = v1::MountPropagation::try_from(mount.propagation);
-    match mode {
+    match v1::MountPropagation::try_from(mount.propagation) {
         Ok(v1::MountPropagation::PropagationPrivate) => Some(Propagation::Private),
         Ok(v1::MountPropagation::PropagationHostToContainer) => Some(Propagation::Slave),
-        Ok(v1::MountPropagation::PropagationBidirectional) | Err(_) => {
-            let mode = mode.map_or("unknown mode", |mode| mode.as_str_name());
-            refusals.add(
-                format!("{field}.propagation"),
-                format!("{mode} is not possible: the container's mounts are in a VM"),
-            );
+        Ok(v1::MountPropagation::PropagationBidirectional) => Some(Propagation::Shared),
+        Err(_) => {
+            let reason = format!("unknown mode {}", mount.propagation);
+            refusals.add(format!("{field}.propagation"), reason);
             None
         }
     }
@@ -267,10 +264,10 @@ mod tests {
             ),
             (
                 v1::Mount {
-                    propagation: 2,
+                    propagation: 3,
                     ..plain.clone()
                 },
-                "config.mounts[0].propagation: PROPAGATION_BIDIRECTIONAL",
+                "config.mounts[0].propagation: unknown mode 3",
             ),
             (
                 v1::Mount {

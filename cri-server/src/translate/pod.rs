@@ -29,7 +29,7 @@ pub fn pod_spec(request: v1::RunPodSandboxRequest) -> Result<PodSpec, Refusals> 
     cdi_annotations(config.annotations.keys(), &mut refusals);
     let linux = config.linux.unwrap_or_default();
     let namespaces = sandbox_security(linux.security_context.as_ref(), &mut refusals);
-    let limits = resources::pod_limits(linux.resources.as_ref(), "config.linux.resources", &mut refusals);
+    let limits = resources::pod_limits(linux.resources.as_ref());
     let cgroup_parent = cgroup_parent(linux.cgroup_parent, &mut refusals);
     let spec = PodSpec {
         hostname: hostname(&config.hostname, &identity.name, &mut refusals),
@@ -47,6 +47,7 @@ pub fn pod_spec(request: v1::RunPodSandboxRequest) -> Result<PodSpec, Refusals> 
         guest_pid_namespace: namespaces.guest_pid,
         user_namespace: namespaces.users,
         cgroup_parent,
+        cpuset: resources::cpuset(linux.resources.as_ref(), "config.linux.resources", &mut refusals),
         limits,
         identity,
         handler: request.runtime_handler,

@@ -1,7 +1,7 @@
 //! Resources: what the guest's cgroups enforce, and the limits by which a VM is sized.
 
 use caisson_cri_api::v1;
-use caisson_sandbox::{guest, limits::LimitChange, spec::PodLimits};
+use caisson_sandbox::{cpuset::Cpuset, guest, limits::LimitChange, spec::PodLimits};
 
 use super::Refusals;
 
@@ -14,7 +14,6 @@ pub(super) fn container(
     let Some(config) = config else {
         return (guest::Resources::default(), 0);
     };
-    host_only(config, field, refusals);
     let mut amount = |name: &str, value: i64| {
         u64::try_from(value).unwrap_or_else(|_| {
             refusals.add(
@@ -93,19 +92,15 @@ pub(crate) fn limit_change(
         oom_score_adj: (config.oom_score_adj != 0).then_some(score),
         hugepage_limits: resources.hugepage_limits.into_iter().collect(),
         unified: resources.unified.into_iter().collect(),
+        cpuset: cpuset(Some(config), field, refusals),
     }
 }
 
 /// Limits of a pod as kubelet has summed them.
-pub(crate) fn pod_limits(
-    config: Option<&v1::LinuxContainerResources>,
-    field: &str,
-    refusals: &mut Refusals,
-) -> PodLimits {
+pub(crate) fn pod_limits(config: Option<&v1::LinuxContainerResources>) -> PodLimits {
     let Some(config) = config else {
         return PodLimits::default();
     };
-    host_only(config, field, refusals);
     let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
     let cpu_milli = match (positive(config.cpu_quota), positive(config.cpu_period)) {
         (Some(quota), period) => Some(
@@ -124,24 +119,36 @@ pub(crate) fn pod_limits(
 /// The kernel's own cpu.max period.
 const DEFAULT_PERIOD_MICROS: u64 = 100_000;
 
-/// cpusets number the host's CPUs and memory nodes: they would have to pin the VM's threads, and must never reach the guest.
-fn host_only(config: &v1::LinuxContainerResources, field: &str, refusals: &mut Refusals) {
-    for (name, value) in [
+/// CPUs and memory nodes of the host. They pin the VM there, and never reach the guest, which numbers its own.
+pub(crate) fn cpuset(
+    config: Option<&v1::LinuxContainerResources>,
+    field: &str,
+    refusals: &mut Refusals,
+) -> Cpuset {
+    let Some(config) = config else {
+        return Cpuset::default();
+    };
+    for (name, list) in [
         ("cpuset_cpus", &config.cpuset_cpus),
         ("cpuset_mems", &config.cpuset_mems),
     ] {
-        if !value.is_empty() {
-            refusals.add(
-                format!("{field}.{name}"),
-                "pinning to CPUs or memory nodes of the host is not supported yet",
-            );
+        if let Err(error) = caisson_sandbox::cpuset::parse(list) {
+            refusals.add(format!("{field}.{name}"), error.to_string());
         }
+    }
+    Cpuset {
+        cpus: config.cpuset_cpus.clone(),
+        mems: config.cpuset_mems.clone(),
     }
 }
 
 /// The CRI's words for a container's resources, to be answered in its status.
 #[must_use]
-pub(crate) fn answered(resources: &guest::Resources, oom_score_adj: i32) -> v1::LinuxContainerResources {
+pub(crate) fn answered(
+    resources: &guest::Resources,
+    oom_score_adj: i32,
+    cpuset: &Cpuset,
+) -> v1::LinuxContainerResources {
     let amount = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     v1::LinuxContainerResources {
         cpu_period: amount(resources.cpu_period_micros),
@@ -150,8 +157,8 @@ pub(crate) fn answered(resources: &guest::Resources, oom_score_adj: i32) -> v1::
         memory_limit_in_bytes: amount(resources.memory_limit_bytes),
         memory_swap_limit_in_bytes: amount(resources.memory_swap_limit_bytes),
         oom_score_adj: i64::from(oom_score_adj),
-        cpuset_cpus: String::new(),
-        cpuset_mems: String::new(),
+        cpuset_cpus: cpuset.cpus.clone(),
+        cpuset_mems: cpuset.mems.clone(),
         hugepage_limits: resources
             .hugepage_limits
             .iter()
@@ -186,25 +193,28 @@ mod tests {
                 page_size: "2MB".into(),
                 limit: 0,
             }],
-            ..Default::default()
+            cpuset_cpus: "0-1".into(),
+            cpuset_mems: "0".into(),
         };
         let mut refusals = Refusals::default();
         let (resources, score) = container(Some(&config), "r", &mut refusals);
+        let cpuset = cpuset(Some(&config), "r", &mut refusals);
         refusals.settle(()).unwrap();
-        assert_eq!(answered(&resources, score), config);
+        assert_eq!(answered(&resources, score, &cpuset), config);
     }
 
     #[test]
-    fn impossible_amounts_and_host_cpus_are_refused_together() {
+    fn impossible_amounts_and_lists_are_refused_together() {
         let config = v1::LinuxContainerResources {
             cpu_shares: -2,
             oom_score_adj: 1001,
-            cpuset_cpus: "0-1".into(),
+            cpuset_cpus: "0-".into(),
             unified: [("../x".to_owned(), String::new())].into(),
             ..Default::default()
         };
         let mut refusals = Refusals::default();
         let _ = container(Some(&config), "r", &mut refusals);
+        let _ = cpuset(Some(&config), "r", &mut refusals);
         let text = refusals.to_string();
         for field in ["r.cpu_shares", "r.oom_score_adj", "r.cpuset_cpus", "r.unified"] {
             assert!(text.contains(field), "{text}");
@@ -239,7 +249,7 @@ mod tests {
         assert_eq!(lifted, Ok(expected));
         let refused = change(&v1::LinuxContainerResources {
             memory_limit_in_bytes: -2,
-            cpuset_cpus: "0".into(),
+            cpuset_cpus: "all".into(),
             ..Default::default()
         });
         let text = refused.unwrap_err().to_string();
@@ -264,7 +274,7 @@ mod tests {
                 memory_limit_in_bytes: memory,
                 ..Default::default()
             };
-            let limits = pod_limits(Some(&config), "r", &mut Refusals::default());
+            let limits = pod_limits(Some(&config));
             assert_eq!((limits.cpu_milli, limits.memory_bytes), (cpu, bytes));
         }
     }

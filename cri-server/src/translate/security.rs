@@ -1,10 +1,14 @@
-//! Confinement profiles of a container: what this runtime cannot enforce yet is refused, never dropped.
+//! Confinement profiles of a container: what somebody has written is refused where it cannot be enforced, never dropped.
 
 use caisson_cri_api::v1::{self, security_profile::ProfileType};
 
 use super::Refusals;
 
-/// Refuses AppArmor profiles other than unset and Unconfined. `deprecated` is the older string field.
+const NOT_LOADED: &str = "cannot be enforced: profiles of the host are not loaded into a guest's kernel";
+
+/// Refuses AppArmor profiles of the host's. There is no AppArmor policy in a guest, and the runtime's default one, which keeps containers from
+/// their host's kernel interfaces, has nothing to add there: as on a host without AppArmor, RuntimeDefault runs without. The other field is
+/// the older one.
 pub(super) fn apparmor(
     profile: Option<&v1::SecurityProfile>,
     (old_field, old_value): (&str, &str),
@@ -13,19 +17,16 @@ pub(super) fn apparmor(
 ) {
     if let Some(profile) = profile {
         match ProfileType::try_from(profile.profile_type) {
-            Ok(ProfileType::Unconfined) => {}
-            Ok(kind) => refusals.add(
+            Ok(ProfileType::Unconfined | ProfileType::RuntimeDefault) => {}
+            Ok(ProfileType::Localhost) => refusals.add(
                 field,
-                format!("{} profiles are not supported yet (AppArmor)", kind.as_str_name()),
+                format!("AppArmor profile {:?} {NOT_LOADED}", profile.localhost_ref),
             ),
             Err(_) => refusals.add(field, format!("unknown profile type {}", profile.profile_type)),
         }
     }
-    if !matches!(old_value, "" | "unconfined") {
-        refusals.add(
-            old_field,
-            format!("AppArmor profile {old_value:?} is not supported yet"),
-        );
+    if !matches!(old_value, "" | "unconfined" | "runtime/default") {
+        refusals.add(old_field, format!("AppArmor profile {old_value:?} {NOT_LOADED}"));
     }
 }
 
@@ -46,7 +47,7 @@ mod tests {
     fn told(profile: Option<ProfileType>, old: &str) -> String {
         let profile = profile.map(|kind| v1::SecurityProfile {
             profile_type: kind as i32,
-            localhost_ref: String::new(),
+            localhost_ref: "mine".into(),
         });
         let mut refusals = Refusals::default();
         apparmor(profile.as_ref(), ("s.old", old), "s.new", &mut refusals);
@@ -57,13 +58,14 @@ mod tests {
     fn only_a_profile_that_would_not_be_enforced_is_refused() {
         assert_eq!(told(None, ""), "");
         assert_eq!(told(Some(ProfileType::Unconfined), "unconfined"), "");
+        assert_eq!(told(Some(ProfileType::RuntimeDefault), "runtime/default"), "");
         assert_eq!(
-            told(Some(ProfileType::RuntimeDefault), ""),
-            "s.new: RuntimeDefault profiles are not supported yet (AppArmor)"
+            told(Some(ProfileType::Localhost), ""),
+            format!("s.new: AppArmor profile \"mine\" {NOT_LOADED}")
         );
         assert_eq!(
             told(None, "localhost/x"),
-            "s.old: AppArmor profile \"localhost/x\" is not supported yet"
+            format!("s.old: AppArmor profile \"localhost/x\" {NOT_LOADED}")
         );
     }
 

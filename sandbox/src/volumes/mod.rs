@@ -146,6 +146,15 @@ impl Volumes {
             move || look(&wanted, &uid)
         })
         .await?;
+        let is_empty_dir = matches!(&known, Some(known) if matches!(known.source, Source::EmptyDir(_)));
+        if volume.propagation == Propagation::Shared && !is_empty_dir {
+            return Err(SandboxError::Invalid {
+                what: "propagation Bidirectional".into(),
+                reason: "mounts of a container are in its VM, and cannot appear on the host; \
+                         between containers of a pod they travel through an emptyDir"
+                    .into(),
+            });
+        }
         let source = match known {
             Some(known) if is_followed(&known) => {
                 Mounted::VolumeId(self.projected.provide(&live.guest, &known.directory).await?)
@@ -166,6 +175,12 @@ impl Volumes {
             destination: volume.container_path.clone(),
             readonly: volume.readonly,
             source: Some(source),
+            propagation: match volume.propagation {
+                Propagation::Slave if is_empty_dir => guest::MountPropagation::MountSlave.into(),
+                Propagation::Shared => guest::MountPropagation::MountShared.into(),
+                // What is copied has nothing mounted below it.
+                Propagation::Private | Propagation::Slave => guest::MountPropagation::MountPrivate.into(),
+            },
         })
     }
 
@@ -240,6 +255,7 @@ impl Volumes {
             destination: volume.container_path.clone(),
             readonly: readonly == ReadOnly::All || (readonly == ReadOnly::Top && !has_more),
             source: Some(Mounted::Shared(export)),
+            ..guest::Mount::default()
         })
     }
 }

@@ -57,7 +57,8 @@ impl MountTree {
         let tree = Self(open_tree(location, c"", flags)?);
         let propagation = match propagation {
             Propagation::Private => libc::MS_PRIVATE,
-            Propagation::Slave => libc::MS_SLAVE,
+            // The other direction is refused before.
+            Propagation::Slave | Propagation::Shared => libc::MS_SLAVE,
         };
         let set = |set| MountAttributes {
             set,

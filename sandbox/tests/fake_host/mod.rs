@@ -350,6 +350,7 @@ impl Node {
             user_namespace: None,
             cgroup_parent: None,
             limits: spec::PodLimits::default(),
+            cpuset: caisson_sandbox::cpuset::Cpuset::default(),
         }
     }
     /// Nothing of any pod is left on the host: no VM, network, record, disk or directory.
@@ -395,6 +396,7 @@ pub fn container_of(name: &str, image: &str) -> spec::ContainerSpec {
         termination_file: None,
         log_path: Some(format!("{name}.log").into()),
         stop_signal: 15,
+        cpuset: caisson_sandbox::cpuset::Cpuset::default(),
         image_volumes: Vec::new(),
         mounts: Vec::new(),
     }

@@ -305,7 +305,7 @@ fn later_mounts_of_the_host_appear_only_where_asked_for() -> Result<()> {
             .await
             .err()
             .context("a mount that cannot travel to the host was accepted")?;
-        ensure!(error.message().contains("PROPAGATION_BIDIRECTIONAL"), "{error}");
+        ensure!(error.message().contains("Bidirectional"), "{error}");
         cri.remove_pod(&pod_id).await?;
         Ok(())
     })
