@@ -339,8 +339,8 @@ fn mounts_that_kubelet_always_passes_work() -> Result<()> {
         ensure!(error.message().contains("nowhere"), "{error}");
         let mut device = container("device", &image, &["true"]);
         device.devices = vec![cri::Device {
-            container_path: "/dev/fuse".into(),
-            host_path: "/dev/fuse".into(),
+            container_path: "/dev/terminals".into(),
+            host_path: "/dev/ptmx".into(),
             permissions: "rw".into(),
         }];
         let error = cri
