@@ -74,15 +74,16 @@ fn info(runtime: &Runtime) -> HashMap<String, String> {
         "name": runtime.hypervisor.name(),
         "description": runtime.hypervisor.describe(),
     });
-    HashMap::from([
+    let mut info = HashMap::from([
         ("version".to_owned(), json!(VERSION).to_string()),
         ("hypervisor".to_owned(), hypervisor.to_string()),
-        (
-            "podCIDR".to_owned(),
-            json!(runtime.pod_cidr.get().map(|cidr| cidr.as_str().to_owned())).to_string(),
-        ),
         ("config".to_owned(), runtime.settings.config.to_string()),
-    ])
+    ]);
+    // crictl shows a JSON null as the word "null".
+    if let Some(cidr) = runtime.pod_cidr.get() {
+        info.insert("podCIDR".to_owned(), json!(cidr.as_str()).to_string());
+    }
+    info
 }
 
 #[cfg(test)]
