@@ -4,9 +4,11 @@
 #   make test     every test, end to end ones included
 #   make e2e-node the end-to-end tests inside a node VM, where KVM works; NODE_TESTS='pods isolation' for some of them
 #   make node-shell  a shell in that VM
+#   make e2e-kubelet  the end-to-end tests with a real kubelet and static pods
 #   make check    formatting and lints
 #   make critest  cri-tools' conformance tests, judged by docs/conformance.md; CRITEST='--focus REGEXP' for some of them
 #   make bench    figures for docs/performance.md
+#   make bench-streaming  figures of exec sessions, next to containerd's
 #   make fuzz     the VMM's devices and protocol under libFuzzer, ten minutes each target
 #   make run      caissond in the foreground, state below /tmp/caisson, its own bridge network for pods
 #   make registry a registry in the foreground on 127.0.0.1:5000 that holds demo/busybox:1
@@ -21,7 +23,7 @@ GUEST := guest/out
 RUN ?= /tmp/caisson
 CARGO ?= cargo
 
-.PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench fuzz run registry crictl critest node-shell e2e-node
+.PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench bench-streaming fuzz run registry crictl critest kubelet e2e-kubelet node-shell e2e-node
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -94,6 +96,10 @@ fuzz: setup
 bench: build guest guest-tuned
 	./target/release/bench
 
+bench-streaming: build guest-tuned
+	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
+		./target/release/bench_streaming $(BENCH_MIB)
+
 run: build guest
 	./tests/run-by-hand.sh $(RUN)
 
@@ -102,6 +108,14 @@ registry: build
 
 crictl: setup
 	@./tests/peers.sh $(CAISSON_CACHE)/bin crictl
+
+kubelet: setup
+	@./tests/peers.sh $(CAISSON_CACHE)/bin kubelet
+
+# With the tuned kernel: a dozen pods, one after the other.
+e2e-kubelet: build guest-tuned crictl kubelet
+	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
+		$(CARGO) test --release -p caisson-e2e --test kubelet -- --ignored --test-threads=1
 
 critest: build guest-tuned
 	@./tests/peers.sh $(CAISSON_CACHE)/bin critest

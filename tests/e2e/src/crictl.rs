@@ -1,6 +1,9 @@
 //! crictl, built from its own sources: a client that is not ours, and knows every field of the CRI.
 
-use std::{path::PathBuf, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Result, ensure};
 
@@ -32,8 +35,15 @@ impl Crictl {
         })
     }
 
-    /// Runs it; answers what it prints, without white space around.
-    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+    /// The program itself.
+    #[must_use]
+    pub fn binary(&self) -> &Path {
+        &self.binary
+    }
+
+    /// It with these arguments, to be run.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
         // It waits two seconds by default; an emulated VM takes longer to boot.
         let common = [
             "-t",
@@ -45,7 +55,13 @@ impl Crictl {
             "--config",
             "/dev/null",
         ];
-        let answer = text(Command::new(&self.binary).args(common).args(arguments))?;
-        Ok(answer.trim().to_owned())
+        let mut command = Command::new(&self.binary);
+        command.args(common).args(arguments);
+        command
+    }
+
+    /// Runs it; answers what it prints, without white space around.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        Ok(text(&mut self.command(arguments))?.trim().to_owned())
     }
 }

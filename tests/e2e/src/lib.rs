@@ -3,15 +3,19 @@
 //! Owns how tests see the product from outside: its socket, its files, and what is left on the host. Must not use any of the
 //! product's crates: an error in them would hide in both places.
 
+pub mod containerd;
 pub mod cri;
 pub mod crictl;
 pub mod critest_images;
-pub mod critest_table;
+pub mod critest_report;
 pub mod daemon;
+pub mod figures;
 pub mod host;
 pub mod image;
+pub mod kubelet;
 pub mod node;
 pub mod registry;
+pub mod tls_front;
 
 use std::{
     io::Write as _,

@@ -7,7 +7,6 @@ use std::{
     collections::BTreeMap,
     fs,
     path::Path,
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -16,7 +15,8 @@ use caisson_e2e::{
     checkout,
     cri::{Cri, container, pod},
     daemon::{Daemon, Product},
-    host::{Host, text},
+    figures::{cpu_of, machine, ms, quantile},
+    host::Host,
     image,
     registry::Registry,
     run,
@@ -65,38 +65,6 @@ impl Samples {
             println!();
         }
     }
-}
-
-fn ms(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1000.0
-}
-
-/// Nearest-rank quantile.
-fn quantile(values: &[f64], q: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        clippy::cast_precision_loss,
-        reason = "small counts"
-    )]
-    let rank = ((sorted.len() as f64 * q).ceil() as usize).clamp(1, sorted.len().max(1));
-    sorted.get(rank - 1).copied().unwrap_or_default()
-}
-
-/// CPU time of a process so far, all its threads.
-fn cpu_of(pid: &str) -> Duration {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
-    let nanos = tasks.into_iter().flatten().flatten().filter_map(|task| {
-        fs::read_to_string(task.path().join("schedstat"))
-            .ok()?
-            .split(' ')
-            .next()?
-            .parse::<u64>()
-            .ok()
-    });
-    Duration::from_nanos(nanos.sum())
 }
 
 /// The daemon and everything of its VMs. Processes that ended in between are not counted again, so steps that end a VM have none.
@@ -288,21 +256,4 @@ fn sizes(product: &Product) -> Result<()> {
         size(&product.bin.join("caisson-vhost-vsock"))?
     );
     Ok(())
-}
-
-fn machine() -> Result<String> {
-    let cpus = fs::read_to_string("/proc/cpuinfo")?;
-    let model = cpus
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .unwrap_or("unknown")
-        .trim_matches([' ', '\t', ':']);
-    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
-    let kernel = text(Command::new("uname").arg("-r"))?;
-    let qemu = text(Command::new("qemu-system-x86_64").arg("--version"))?;
-    Ok(format!(
-        "{count} x {model}, Linux {}, {}",
-        kernel.trim(),
-        qemu.lines().next().unwrap_or_default()
-    ))
 }

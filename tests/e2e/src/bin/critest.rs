@@ -1,8 +1,10 @@
 //! `make critest`: critest against the real daemon on a scratch host, judged by docs/conformance.md.
 //!
 //! ```text
-//! critest [--focus REGEXP] [--skip REGEXP] [--benchmark] [--report DIRECTORY] [-- CRITEST-FLAGS...]
+//! critest [--focus REGEXP] [--skip REGEXP] [--benchmark] [--containerd] [--report DIRECTORY] [-- CRITEST-FLAGS...]
+//! critest --table OURS.json THEIRS.json
 //! ```
+//! With `--containerd`, Debian's containerd and runc are run instead, and nothing is judged: theirs is the column to compare with.
 //! Fails on every spec that fails and is not listed there, and on every listed one that passes: the list may not grow old.
 
 use std::{
@@ -16,13 +18,15 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_e2e::{
-    cache, checkout, critest_images, critest_table,
+    cache, checkout,
+    containerd::Containerd,
+    critest_images,
+    critest_report::{self, State},
     daemon::{Daemon, Product},
     host::Host,
     registry::Registry,
     run,
 };
-use serde_json::Value;
 
 /// The one port that the images' mirrors name.
 const REGISTRY_PORT: u16 = 5000;
@@ -31,12 +35,22 @@ const REGISTRY_PORT: u16 = 5000;
 struct Arguments {
     report: Option<PathBuf>,
     partial: bool,
+    containerd: bool,
+    table: Vec<PathBuf>,
     critest: Vec<String>,
 }
 
 fn main() -> Result<()> {
     let arguments = arguments()?;
-    let product = Product::find()?;
+    if let [ours, theirs] = arguments.table.as_slice() {
+        let columns = [("Caisson", ours), ("containerd", theirs)];
+        let columns = columns.map(|(name, path)| Ok((name.to_owned(), critest_report::read(path)?)));
+        print!(
+            "{}",
+            critest_report::table(&columns.into_iter().collect::<Result<Vec<_>>>()?)
+        );
+        return Ok(());
+    }
     let program =
         std::env::var_os("CAISSON_CRITEST").map_or_else(|| cache().join("bin/critest"), PathBuf::from);
     ensure!(
@@ -44,6 +58,10 @@ fn main() -> Result<()> {
         "{} is missing: run `make critest`",
         program.display()
     );
+    if arguments.containerd {
+        return reference(&program, &arguments);
+    }
+    let product = Product::find()?;
     let exceptions = exceptions()?;
     let host = Host::enter()?;
     let outcome = run(async {
@@ -72,11 +90,6 @@ fn main() -> Result<()> {
         Ok((report, left))
     });
     let (report, left) = outcome?;
-    if let Some(directory) = &arguments.report {
-        let page = fs::read_to_string(checkout().join("docs/conformance.md"))?;
-        let seen = serde_json::from_slice(&fs::read(&report)?)?;
-        fs::write(directory.join("table.md"), critest_table::table(&seen, &page))?;
-    }
     verdict(&report, &exceptions, arguments.partial)?;
     left
 }
@@ -93,6 +106,11 @@ fn arguments() -> Result<Arguments> {
                     .critest
                     .push(format!("-ginkgo.{}={}", &word[2..], value()?));
             }
+            "--containerd" => parsed.containerd = true,
+            "--table" => {
+                parsed.table.push(value()?.into());
+                parsed.table.push(value()?.into());
+            }
             "--report" => parsed.report = Some(value()?.into()),
             "--benchmark" => {
                 parsed.partial = true;
@@ -105,6 +123,27 @@ fn arguments() -> Result<Arguments> {
         }
     }
     Ok(parsed)
+}
+
+/// The same for the runtime that ours is compared with.
+fn reference(program: &Path, arguments: &Arguments) -> Result<()> {
+    Containerd::fetch()?;
+    let host = Host::enter()?;
+    run(async {
+        let registry = Registry::start_at(&host.dir().join("registry"), REGISTRY_PORT).await?;
+        let program = with_digest(program, &critest_images::push_all(&registry)?, host.dir())?;
+        let containerd = Containerd::start(&host, &critest_images::REGISTRIES, REGISTRY_PORT).await?;
+        let report = judge(&program, &containerd.socket(), arguments, host.dir())?;
+        println!(
+            "{}",
+            critest_report::table(&[(Containerd::versions()?, critest_report::read(&report)?)])
+        );
+        if let Some(directory) = &arguments.report {
+            fs::create_dir_all(directory)?;
+            fs::copy(&report, directory.join("containerd.json"))?;
+        }
+        Ok(())
+    })
 }
 
 /// critest asks for one image by the digest that the original has, which nobody can rebuild; the copy asks for ours.
@@ -180,26 +219,14 @@ fn exceptions() -> Result<BTreeSet<String>> {
 }
 
 fn verdict(report: &Path, exceptions: &BTreeSet<String>, partial: bool) -> Result<()> {
-    let report: Value = serde_json::from_slice(&fs::read(report)?)?;
     let mut passed = BTreeSet::new();
     let mut failed = BTreeSet::new();
     let mut skipped = 0;
-    let specs = report[0]["SpecReports"]
-        .as_array()
-        .context("a report without specs")?;
-    for spec in specs.iter().filter(|spec| spec["LeafNodeType"] == "It") {
-        let words: Vec<&str> = spec["ContainerHierarchyTexts"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .chain([&spec["LeafNodeText"]])
-            .filter_map(Value::as_str)
-            .collect();
-        let name = words.join(" ");
-        match spec["State"].as_str() {
-            Some("passed") => drop(passed.insert(name)),
-            Some("skipped" | "pending") => skipped += 1,
-            _ => drop(failed.insert(name)),
+    for spec in critest_report::read(report)? {
+        match spec.state {
+            State::Passed => drop(passed.insert(spec.name)),
+            State::Skipped => skipped += 1,
+            State::Failed => drop(failed.insert(spec.name)),
         }
     }
     println!(
