@@ -43,6 +43,11 @@ pub(crate) fn disk(serial: &str) -> Result<PathBuf, AgentError> {
     })
 }
 
+/// The same, if it is there now.
+pub(crate) fn present_disk(serial: &str) -> Option<PathBuf> {
+    find_disk(Path::new("/sys/block"), serial)
+}
+
 /// Kernel's name and index of the interface with this MAC.
 pub(crate) fn interface(mac: &[u8]) -> Result<(String, u32), AgentError> {
     let text: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();

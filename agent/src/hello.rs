@@ -16,10 +16,15 @@ pub(crate) fn hello(guest: &Guest) -> v1::HelloReply {
         kernel_nanos: guest.kernel_nanos,
         listening_nanos: guest.listening_nanos,
         memory_bytes: kib(&read("/proc/meminfo"), "MemTotal:"),
-        online_cpus: ranges(&read("/sys/devices/system/cpu/online")),
+        online_cpus: online_cpus(),
         agent_rss_bytes: kib(&read("/proc/self/status"), "VmRSS:"),
         configured: matches!(&*guest.sandbox(), Sandbox::Configured(_)),
     }
+}
+
+/// CPUs that are online.
+pub(crate) fn online_cpus() -> u32 {
+    ranges(&fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default())
 }
 
 /// Bytes behind a label of /proc files that count in kB.

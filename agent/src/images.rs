@@ -47,6 +47,12 @@ impl Images {
         Ok(place)
     }
 
+    /// Whether somebody uses the image of this serial.
+    pub(crate) fn has_users(&self, serial: &str) -> bool {
+        let users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        users.contains_key(serial)
+    }
+
     /// One user less. Blocking.
     pub(crate) fn release(&self, serial: &str) {
         let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);

@@ -20,13 +20,13 @@ use tonic::{Request, Response, Status};
 use crate::{
     clock, configure,
     console::complain,
-    create,
+    cpus, create,
     error::AgentError,
     exec,
     guest::Guest,
     hello,
     listen::{Connection, Listener},
-    remove, shared, signal, start, stats, streams, terminal, update, volumes, wait,
+    release, remove, shared, signal, start, stats, streams, terminal, update, volumes, wait,
 };
 
 /// Most threads that wait for the kernel at a time.
@@ -308,6 +308,15 @@ impl agent_server::Agent for Service {
         _: Request<v1::ListContainersRequest>,
     ) -> Answer<v1::ListContainersReply> {
         Ok(Response::new(wait::list(&self.guest)))
+    }
+
+    async fn release_disk(&self, request: Request<v1::ReleaseDiskRequest>) -> Answer<v1::ReleaseDiskReply> {
+        self.change(move |guest| release::release(guest, request.get_ref()))
+            .await
+    }
+
+    async fn online_cpus(&self, request: Request<v1::OnlineCpusRequest>) -> Answer<v1::OnlineCpusReply> {
+        self.change(move |_| cpus::online(request.into_inner())).await
     }
 
     async fn update_container(

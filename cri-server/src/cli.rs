@@ -73,7 +73,8 @@ Configuration file (TOML; every key may be left out):
   listen = \"unix:///run/caisson/caisson.sock\"
   log = \"info\"                       cgroup_driver = \"cgroupfs\"
   [guest]       kernel, initramfs, cmdline = []
-  [vm]          default_memory_mib = 512, default_vcpus = 1, guest_overhead_mib = 48, host_reserve_mib = 96,
+  [vm]          default_memory_mib = 512, default_vcpus = 1, max_memory_mib = 0, max_vcpus = 0,
+                guest_overhead_mib = 48, host_reserve_mib = 96,
                 scratch_mib = 10240, attach_slots = 16, empty_dir_mib = 65536, file_server, boot_deadline_seconds = 100, agent_deadline_seconds = 60
   [hypervisor]  driver = \"auto\"|\"builtin\"|\"qemu\", vmm, accelerator = \"auto\"|\"kvm\"|\"tcg\", qemu, vsock_backend,
                  user = \"per-vm\"|\"uid:gid\"|\"root\", uid_base

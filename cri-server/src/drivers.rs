@@ -95,6 +95,10 @@ impl Hypervisor for Drivers {
         format!("{}{}", self.first.describe(), self.because)
     }
 
+    fn can_grow(&self) -> bool {
+        self.first.can_grow()
+    }
+
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, HypervisorError> {
         self.first.launch(spec).await
     }

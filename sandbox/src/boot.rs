@@ -123,6 +123,7 @@ impl Boot {
         self.record.cgroup = leaf;
         let size = self.size()?;
         self.record.size = Some(size);
+        self.record.ceiling = self.ceiling(size);
         self.undo.push(Undo::Record);
         self.node.journal.write_pod(&self.record).await?;
         let network = self.take_host_resources().await?;
@@ -214,6 +215,23 @@ impl Boot {
         })
     }
 
+    /// How large the VM may become, on a driver whose VMs can.
+    fn ceiling(&self, size: VmSize) -> Option<VmSize> {
+        let (node, config) = (&self.node, &self.node.config);
+        let most = sizing::Most {
+            memory_mib: match config.max_memory_mib {
+                0 => node.host_memory_mib,
+                mib => mib,
+            },
+            vcpus: match config.max_vcpus {
+                0 => None,
+                vcpus => Some(vcpus),
+            },
+            host_cpus: node.host_cpus,
+        };
+        node.hypervisor.can_grow().then(|| sizing::ceiling(size, most))
+    }
+
     /// Network and files at the same time: both are slow, and neither needs the other.
     async fn take_host_resources(&mut self) -> Result<PodNetwork, SandboxError> {
         self.begin("prepare");
@@ -275,6 +293,7 @@ impl Boot {
 
     async fn launch(&self, size: VmSize, nics: Vec<Nic>) -> Result<Arc<dyn Vm>, SandboxError> {
         let config = &self.node.config;
+        let most = self.record.ceiling.unwrap_or(size);
         let spec = VmSpec {
             id: self.record.id.0.clone(),
             dir: self.node.run_dir(&self.record.id),
@@ -282,8 +301,9 @@ impl Boot {
             initramfs: config.initramfs.clone(),
             cmdline: config.cmdline.clone(),
             vcpus: size.vcpus,
-            max_vcpus: size.vcpus,
+            max_vcpus: most.vcpus,
             memory_mib: size.memory_mib,
+            max_memory_mib: most.memory_mib,
             nics,
             disks: vec![Disk {
                 serial: scratch::SERIAL.into(),

@@ -16,11 +16,16 @@ use caisson_guest::{
     logs::{ContainerLog, LogTarget},
 };
 use caisson_hypervisor::{Disk, SERIAL_BYTES, Vm};
-use caisson_lifecycle::exit::{self, Exit};
+use caisson_lifecycle::{
+    exit::{self, Exit},
+    sizing::VmSize,
+};
 use tokio::sync::watch;
 
 use crate::{
-    ContainerId, EXEC_OUTPUT_LIMIT, SandboxError, files, guest,
+    ContainerId, EXEC_OUTPUT_LIMIT, SandboxError,
+    disks::{Holder, PodDisks},
+    files, guest,
     journal::{PodRecord, blocking},
     registry::Node,
     spec::{ContainerSpec, ExecOutput, ExecSpec},
@@ -43,8 +48,9 @@ const SIGKILL: u32 = 9;
 pub(crate) struct Live {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) guest: GuestClient,
-    /// One attach at a time, so that two containers of one image share its disk.
-    pub(crate) attach_lane: Arc<tokio::sync::Mutex<()>>,
+    pub(crate) disks: Arc<PodDisks>,
+    /// What the VM has. Locked while it grows.
+    pub(crate) size: Arc<tokio::sync::Mutex<VmSize>>,
     pub(crate) volumes: Arc<Volumes>,
     /// For each call to the agent.
     pub(crate) deadline: Duration,
@@ -55,7 +61,12 @@ impl Live {
         Self {
             vm,
             guest,
-            attach_lane: Arc::default(),
+            disks: Arc::default(),
+            // Of a VM that an older version has booted, the size is not known, and its limits are not changed.
+            size: Arc::new(tokio::sync::Mutex::new(record.size.unwrap_or(VmSize {
+                memory_mib: 0,
+                vcpus: 0,
+            }))),
             volumes: Arc::new(Volumes::new(node, record)),
             deadline: node.config.agent_deadline,
         }
@@ -89,7 +100,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
         path: spec.image.disk.clone(),
         read_only: true,
     };
-    attach(live, image).await?;
+    live.disks.attach(live, image, Holder::Container(id)).await?;
     let mut wanted = spec.guest.clone();
     wanted.image_serial = serial;
     for (volume_id, pushed) in volume_ids(id, &spec).into_iter().zip(&spec.files) {
@@ -118,7 +129,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
             path: volume.disk.clone(),
             read_only: true,
         };
-        attach(live, image).await?;
+        live.disks.attach(live, image, Holder::Container(id)).await?;
         wanted.mounts.push(guest::Mount {
             destination: volume.container_path.clone(),
             readonly: true,
@@ -132,7 +143,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
     wanted
         .mounts
         .extend(live.volumes.provide(live, &spec.volumes).await?);
-    wanted.block_devices = live.volumes.disks(live, &spec.disks).await?;
+    wanted.block_devices = live.volumes.disks(live, id, &spec.disks).await?;
     // Parents before children, whatever the order of the request.
     wanted
         .mounts
@@ -144,23 +155,6 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
             "create container {} ({})",
             id.0, spec.name
         )))
-}
-
-/// Attaches a disk unless it is there.
-pub(crate) async fn attach(live: &Live, disk: Disk) -> Result<(), SandboxError> {
-    let _lane = live.attach_lane.lock().await;
-    if live
-        .vm
-        .record()
-        .slots
-        .iter()
-        .flatten()
-        .any(|taken| *taken == disk.serial)
-    {
-        return Ok(());
-    }
-    let what = format!("attach disk {}", disk.path.display());
-    live.vm.attach(disk).await.map_err(SandboxError::hypervisor(what))
 }
 
 /// Takes a container and its volumes out of the guest, as well as can be.
@@ -178,6 +172,7 @@ async fn take_away(live: &Live, id: &ContainerId, volumes: &[String]) -> Result<
         unknown_is_fine(live.guest.remove_volume(volume, live.deadline).await)
             .map_err(SandboxError::guest(what()))?;
     }
+    live.disks.let_go(live, id).await;
     Ok(())
 }
 

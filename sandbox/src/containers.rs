@@ -65,7 +65,7 @@ impl Actor {
                 });
             }
             Request::Update { id, change, reply } => self.update(&id, *change, reply).await,
-            Request::Resize { change, reply } => self.resize(change, reply).await,
+            Request::Resize { change, reply } => self.resize(change, reply),
             Request::Usage { ids, limit, reply } => self.usage(ids, limit, reply),
             Request::ReopenLog { id, reply } => {
                 let log = match self.running(&id, "reopen the log of") {
@@ -324,6 +324,12 @@ impl Actor {
                 }
             }
             Work::Removed { id, result } => self.removed(&id, result).await,
+            Work::Resized {
+                after,
+                cpuset,
+                result,
+                reply,
+            } => self.resized(after, cpuset, result, reply).await,
             Work::Updated { id, result } => self.updated(&id, result).await,
             Work::Reached(reached) => self.reached(*reached).await,
             Work::TakenUp { id, log } => self.taken_up(&id, log),
@@ -426,6 +432,10 @@ impl Actor {
         if result.is_ok() {
             // Here and not in the task: the exit that removal brings about may be written meanwhile.
             result = self.node.journal.delete_container(&self.record.id, id).await;
+        }
+        // Its disks may be gone with it. The slots are asked of the hypervisor after a restart, so this is no reason to fail.
+        if let Err(error) = self.remember_attached().await {
+            tracing::warn!(container.id = %id.0, error = %error.chain(), "disks of the VM are not on disk");
         }
         let event = if result.is_ok() {
             Event::Removed

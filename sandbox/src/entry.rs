@@ -6,6 +6,7 @@ use caisson_guest::logs::ContainerLog;
 use caisson_lifecycle::{
     container::{Effect, Event, State, step},
     exit::Exit,
+    sizing::VmSize,
 };
 use tokio::sync::watch;
 
@@ -17,6 +18,7 @@ use crate::{
     limits::LimitChange,
     reach::Reached,
     registry::Reply,
+    spec::PodLimits,
     view::ContainerState,
 };
 
@@ -43,8 +45,15 @@ pub(crate) enum Work {
     },
     Updated {
         id: ContainerId,
-        /// The limits that it has now.
-        result: Result<Box<guest::Resources>, SandboxError>,
+        /// The limits that it has now, and the VM's size.
+        result: Result<Box<(guest::Resources, VmSize)>, SandboxError>,
+    },
+    /// The VM has been made large enough for new limits of the pod.
+    Resized {
+        after: PodLimits,
+        cpuset: crate::cpuset::Cpuset,
+        result: Result<VmSize, SandboxError>,
+        reply: Reply<()>,
     },
     /// The agent of a VM that was silent has answered.
     Reached(Box<Reached>),

@@ -109,7 +109,7 @@ pub enum SandboxError {
     /// Nobody else may listen.
     #[error("{0} clients listen for events already, the most there can be")]
     TooManyListeners(usize),
-    /// The VM, which cannot grow, is too small for it.
+    /// The VM is too small for it and cannot grow so far.
     #[error("cannot {what}: {reason}")]
     Unmet {
         /// What was asked of what.

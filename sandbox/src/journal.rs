@@ -43,9 +43,12 @@ pub(crate) struct PodRecord {
     pub(crate) ips: Vec<IpAddr>,
     /// Leaf of this pod, made before the boot.
     pub(crate) cgroup: Option<PathBuf>,
-    /// What its VM was booted with; `None` before that.
+    /// What its VM has; `None` before it is booted.
     #[serde(default)]
     pub(crate) size: Option<VmSize>,
+    /// What it may grow to; `None`: it cannot grow.
+    #[serde(default)]
+    pub(crate) ceiling: Option<VmSize>,
     /// The process that serves its shared volumes, when there is one.
     #[serde(default)]
     pub(crate) file_server: Option<FileServerRecord>,

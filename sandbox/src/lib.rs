@@ -12,10 +12,12 @@ mod console;
 mod container;
 mod containers;
 pub mod cpuset;
+mod disks;
 mod entry;
 mod error;
 pub mod events;
 mod files;
+mod grow;
 mod identity;
 mod journal;
 pub mod limits;
@@ -82,6 +84,10 @@ pub struct SandboxesConfig {
     pub default_memory_mib: u64,
     /// vCPUs when the pod has no limits.
     pub default_vcpus: u32,
+    /// Memory that a VM may grow to, MiB; 0: as much as the host has.
+    pub max_memory_mib: u64,
+    /// vCPUs that a VM may grow to; 0: some more than it was booted with.
+    pub max_vcpus: u32,
     /// Memory that guest kernel and agent need beyond the containers' limits, MiB.
     pub guest_overhead_mib: u64,
     /// Memory of the pod's cgroup that is kept for the VMM and its helpers, MiB.
@@ -98,6 +104,11 @@ pub struct SandboxesConfig {
     pub boot_deadline: Duration,
     /// For each call to the agent.
     pub agent_deadline: Duration,
+}
+
+fn host_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(info.mem_unit.into()) >> 20
 }
 
 /// Images whose disks containers use.
@@ -147,6 +158,7 @@ impl Sandboxes {
             cgroups,
             listeners: events::Listeners::default(),
             host_cpus,
+            host_memory_mib: host_memory_mib(),
             template_lane: tokio::sync::Mutex::default(),
             watcher: Arc::default(),
             closing: watch::Sender::new(false),
@@ -462,6 +474,7 @@ impl Inner {
             ips: Vec::new(),
             cgroup: None,
             size: None,
+            ceiling: None,
             file_server: None,
             info: serde_json::Value::Null,
         };

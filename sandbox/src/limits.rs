@@ -1,12 +1,12 @@
 //! Limits that change while a pod runs: what a partial update makes of the limits that are there, and whether the VM can hold the result.
 //!
-//! Pure. A VM has the size it was booted with, so a limit beyond it is refused instead of being set and never reached.
+//! Pure. A limit beyond what a VM has or can grow to is refused instead of being set and never reached.
 
 use std::collections::BTreeMap;
 
 use caisson_lifecycle::sizing::VmSize;
 
-use crate::{SandboxError, cpuset::Cpuset, guest, spec::PodLimits};
+use crate::{SandboxError, cpuset::Cpuset, grow::Room, guest, spec::PodLimits};
 
 /// The kernel's own cpu.max period.
 const DEFAULT_PERIOD_MICROS: u64 = 100_000;
@@ -84,13 +84,13 @@ pub struct PodLimitChange {
     pub cpuset: Cpuset,
 }
 
-/// Refuses limits of a container that grow beyond the VM. What was there before is not looked at again.
+/// The size that the VM needs for these limits of a container; refuses what it cannot have. What was there before is not looked at again.
 pub(crate) fn check_container(
     id: &str,
     before: &guest::Resources,
     after: &guest::Resources,
-    vm: VmSize,
-) -> Result<(), SandboxError> {
+    room: Room,
+) -> Result<VmSize, SandboxError> {
     let limits = |resources: &guest::Resources| PodLimits {
         memory_bytes: Some(resources.memory_limit_bytes).filter(|bytes| *bytes > 0),
         cpu_milli: milli(resources),
@@ -99,24 +99,24 @@ pub(crate) fn check_container(
         &format!("update container {id}"),
         limits(before),
         limits(after),
-        vm,
+        room,
         0,
     )
 }
 
-/// Refuses limits of a pod that grow beyond its VM, of whose memory the guest itself needs `guest_overhead_mib`.
+/// The same for limits of a pod; of the VM's memory, the guest itself needs `guest_overhead_mib`.
 pub(crate) fn check_pod(
     id: &str,
     before: PodLimits,
     after: PodLimits,
-    vm: VmSize,
+    room: Room,
     guest_overhead_mib: u64,
-) -> Result<(), SandboxError> {
+) -> Result<VmSize, SandboxError> {
     check(
         &format!("resize pod sandbox {id}"),
         before,
         after,
-        vm,
+        room,
         guest_overhead_mib,
     )
 }
@@ -125,40 +125,46 @@ fn check(
     what: &str,
     before: PodLimits,
     after: PodLimits,
-    vm: VmSize,
+    room: Room,
     overhead_mib: u64,
-) -> Result<(), SandboxError> {
-    let refuse = |reason: String| {
-        Err(SandboxError::Unmet {
-            what: what.to_owned(),
-            reason,
-        })
+) -> Result<VmSize, SandboxError> {
+    let refuse = |reason: String| SandboxError::Unmet {
+        what: what.to_owned(),
+        reason,
     };
+    let most = room.ceiling.unwrap_or(room.size);
+    let bound = |most: String| match room.ceiling {
+        None => format!("was booted with {most} and cannot grow"),
+        Some(_) => format!("can have {most} at most"),
+    };
+    let mut needed = room.size;
     if let Some(bytes) = after
         .memory_bytes
         .filter(|now| before.memory_bytes.is_none_or(|was| *now > was))
     {
-        let needed_mib = bytes.div_ceil(1 << 20).saturating_add(overhead_mib);
-        if needed_mib > vm.memory_mib {
-            return refuse(format!(
-                "it needs {needed_mib} MiB of memory, and its VM was booted with {} MiB and cannot grow",
-                vm.memory_mib
-            ));
+        let mib = bytes.div_ceil(1 << 20).saturating_add(overhead_mib);
+        if mib > most.memory_mib {
+            let bound = bound(format!("{} MiB", most.memory_mib));
+            return Err(refuse(format!(
+                "it needs {mib} MiB of memory, and its VM {bound}"
+            )));
         }
+        needed.memory_mib = needed.memory_mib.max(mib);
     }
     if let Some(milli) = after
         .cpu_milli
         .filter(|now| before.cpu_milli.is_none_or(|was| *now > was))
     {
-        let needed = milli.div_ceil(1000);
-        if needed > u64::from(vm.vcpus) {
-            return refuse(format!(
-                "it needs {needed} CPUs, and its VM was booted with {} and cannot grow",
-                vm.vcpus
-            ));
+        let cpus = milli.div_ceil(1000);
+        match u32::try_from(cpus) {
+            Ok(cpus) if cpus <= most.vcpus => needed.vcpus = needed.vcpus.max(cpus),
+            _ => {
+                let bound = bound(most.vcpus.to_string());
+                return Err(refuse(format!("it needs {cpus} CPUs, and its VM {bound}")));
+            }
         }
     }
-    Ok(())
+    Ok(needed)
 }
 
 /// Thousandths of a CPU; `None`: no limit.
@@ -178,9 +184,13 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
-    const VM: VmSize = VmSize {
+    const SIZE: VmSize = VmSize {
         memory_mib: 256,
         vcpus: 2,
+    };
+    const VM: Room = Room {
+        size: SIZE,
+        ceiling: None,
     };
 
     fn before() -> guest::Resources {
@@ -252,6 +262,38 @@ mod tests {
         };
         let error = check_container("c", &before(), &cpus, VM).unwrap_err();
         assert!(error.to_string().contains("it needs 3 CPUs"), "{error}");
+    }
+
+    #[test]
+    fn a_vm_that_can_grow_is_asked_for_what_is_missing() {
+        let room = Room {
+            ceiling: Some(VmSize {
+                memory_mib: 1024,
+                vcpus: 4,
+            }),
+            ..VM
+        };
+        let limits = |mib: u64, cpu_milli| PodLimits {
+            memory_bytes: Some(mib * MIB),
+            cpu_milli: Some(cpu_milli),
+        };
+        let check = |after| check_pod("p", limits(100, 500), after, room, 40);
+        assert_eq!(check(limits(200, 1000)).unwrap(), SIZE);
+        let grown = VmSize {
+            memory_mib: 540,
+            vcpus: 3,
+        };
+        assert_eq!(check(limits(500, 2100)).unwrap(), grown);
+        let error = check(limits(985, 500)).unwrap_err().to_string();
+        assert!(
+            error.ends_with("it needs 1025 MiB of memory, and its VM can have 1024 MiB at most"),
+            "{error}"
+        );
+        let error = check(limits(100, 4001)).unwrap_err().to_string();
+        assert!(
+            error.ends_with("it needs 5 CPUs, and its VM can have 4 at most"),
+            "{error}"
+        );
     }
 
     #[test]

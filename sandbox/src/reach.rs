@@ -98,6 +98,9 @@ impl Actor {
         let Some(vm) = self.unheard_vm() else { return };
         let (guest, known) = reached.into_parts();
         let live = Live::new(&self.node, &self.record, vm, guest);
+        for entry in self.containers.values() {
+            live.disks.resume(&entry.record.id, &entry.record.spec);
+        }
         self.join(&known).await;
         let strangers = self.strangers(&known);
         self.live = Some(live.clone());

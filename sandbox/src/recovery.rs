@@ -177,6 +177,9 @@ async fn ready(node: &Arc<Node>, record: &PodRecord, containers: Vec<ContainerRe
         }
     };
     let live = Live::new(node, record, vm.clone(), guest);
+    containers
+        .iter()
+        .for_each(|container| live.disks.resume(&container.id, &container.spec));
     let containers = reconcile(node, record, &live, containers, &known).await;
     let volumes = volumes_of(containers.values());
     live.volumes.resume(&live.guest, &volumes).await;
@@ -360,6 +363,7 @@ fn unreadable_pod(id: SandboxId, error: &SandboxError, kept_images: KeptImages) 
         ips: Vec::new(),
         cgroup: None,
         size: None,
+        ceiling: None,
         file_server: None,
         info: serde_json::Value::Null,
     };

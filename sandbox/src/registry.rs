@@ -36,6 +36,7 @@ pub(crate) struct Node {
     pub(crate) cgroups: Cgroups,
     pub(crate) listeners: Listeners,
     pub(crate) host_cpus: u32,
+    pub(crate) host_memory_mib: u64,
     /// So that the first pods don't all make the same template.
     pub(crate) template_lane: tokio::sync::Mutex<()>,
     /// For volumes that kubelet changes.

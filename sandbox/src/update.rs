@@ -7,8 +7,10 @@ use crate::{
     ContainerId, SandboxError,
     actor::{Actor, answer},
     charged,
+    container::Live,
     cpuset::Cpuset,
     entry::{Change, Work},
+    grow::{Room, grow},
     guest,
     journal::blocking,
     limits::{self, LimitChange, PodLimitChange},
@@ -17,6 +19,7 @@ use crate::{
     usage::{Readings, nanos},
 };
 use caisson_lifecycle::{container::State, sandbox, sizing::VmSize};
+use serde_json::json;
 
 /// Changes of one container that may wait.
 const CHANGES_LIMIT: usize = 64;
@@ -67,19 +70,19 @@ impl Actor {
             );
             let after = change.apply(&before);
             match self.may_change(id, &before, &after) {
-                Ok(live) => {
-                    let id = id.clone();
-                    let wanted = after.clone();
+                Ok((live, needed)) => {
+                    let (id, pod) = (id.clone(), self.record.id.0.clone());
                     return self.spawn_work(async move {
-                        let result = live
-                            .guest
-                            .update_container(&id.0, wanted, score, live.deadline)
-                            .await
-                            .map_err(SandboxError::guest(format!("update container {}", id.0)));
-                        Work::Updated {
-                            id,
-                            result: result.map(|()| Box::new(after)),
-                        }
+                        let result = async {
+                            let size = grow(&live, &pod, needed).await?;
+                            live.guest
+                                .update_container(&id.0, after.clone(), score, live.deadline)
+                                .await
+                                .map_err(SandboxError::guest(format!("update container {}", id.0)))?;
+                            Ok(Box::new((after, size)))
+                        };
+                        let result = result.await;
+                        Work::Updated { id, result }
                     });
                 }
                 Err(error) => self.end_change(id, Err(error)),
@@ -92,7 +95,7 @@ impl Actor {
         id: &ContainerId,
         before: &guest::Resources,
         after: &guest::Resources,
-    ) -> Result<crate::container::Live, SandboxError> {
+    ) -> Result<(Live, VmSize), SandboxError> {
         let entry = self
             .containers
             .get(id)
@@ -101,31 +104,52 @@ impl Actor {
             return Err(entry.wrong_state("update"));
         }
         let live = self.live.clone().ok_or_else(|| self.no_guest("update", id))?;
-        limits::check_container(&id.0, before, after, self.vm_size()?)?;
-        Ok(live)
+        let needed = limits::check_container(&id.0, before, after, self.room()?)?;
+        Ok((live, needed))
     }
 
-    fn vm_size(&self) -> Result<VmSize, SandboxError> {
-        self.record.size.ok_or_else(|| SandboxError::Unmet {
+    /// How large the VM is and can become. A pod's cgroup on the host bounds it too: kubelet raises that one first.
+    fn room(&self) -> Result<Room, SandboxError> {
+        let size = self.record.size.ok_or_else(|| SandboxError::Unmet {
             what: format!("change limits in pod sandbox {}", self.record.id.0),
             reason: "the size of its VM is not in its record, which an older version has written".into(),
-        })
+        })?;
+        let node = &self.node;
+        let cgroup_max = self
+            .record
+            .cgroup
+            .as_deref()
+            .and_then(|leaf| node.cgroups.memory_max(leaf))
+            .map(|bytes| (bytes >> 20).saturating_sub(node.config.host_reserve_mib));
+        let ceiling = self.record.ceiling.map(|most| VmSize {
+            memory_mib: most
+                .memory_mib
+                .min(cgroup_max.unwrap_or(u64::MAX))
+                .max(size.memory_mib),
+            ..most
+        });
+        Ok(Room { size, ceiling })
     }
 
     /// The guest has answered the change at the front.
     pub(crate) async fn updated(
         &mut self,
         id: &ContainerId,
-        result: Result<Box<guest::Resources>, SandboxError>,
+        result: Result<Box<(guest::Resources, VmSize)>, SandboxError>,
     ) {
+        if let Ok(done) = &result
+            && let Err(error) = self.has_grown(done.1).await
+        {
+            tracing::error!(sandbox.id = %self.record.id.0, error = %error.chain(), "size of the VM is not on disk");
+        }
         let cpuset = self
             .containers
             .get(id)
             .and_then(|entry| Some(entry.changes.front()?.change.cpuset.clone()));
         let cpuset = cpuset.unwrap_or_default();
         let result = match (result, self.containers.get_mut(id)) {
-            (Ok(after), Some(entry)) => {
-                entry.record.spec.guest.resources = Some(*after);
+            (Ok(done), Some(entry)) => {
+                entry.record.spec.guest.resources = Some(done.0);
                 entry.record.spec.cpuset = entry.record.spec.cpuset.changed(&cpuset);
                 let score = entry.changes.front().and_then(|first| first.change.oom_score_adj);
                 if let (Some(score), Some(process)) = (score, &mut entry.record.spec.guest.process) {
@@ -155,36 +179,82 @@ impl Actor {
         }
     }
 
-    /// Takes new limits of the pod, if its VM holds them. They size nothing any more, but are what later changes are measured by.
-    pub(crate) async fn resize(&mut self, change: PodLimitChange, reply: Reply<()>) {
-        let result = self.try_resize(change).await;
-        self.publish();
-        answer(reply, result);
+    /// Remembers a VM's new size.
+    async fn has_grown(&mut self, size: VmSize) -> Result<(), SandboxError> {
+        if self.record.size == Some(size) {
+            return Ok(());
+        }
+        self.record.size = Some(size);
+        self.record.info["vm"] = json!({ "memory_mib": size.memory_mib, "vcpus": size.vcpus });
+        self.node.journal.write_pod(&self.record).await
     }
 
-    async fn try_resize(&mut self, change: PodLimitChange) -> Result<(), SandboxError> {
+    /// Takes new limits of the pod, growing its VM when it has to. They are what later changes are measured by.
+    pub(crate) fn resize(&mut self, change: PodLimitChange, reply: Reply<()>) {
+        let (live, after, needed) = match self.may_resize(&change) {
+            Ok(checked) => checked,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let pod = self.record.id.0.clone();
+        self.spawn_work(async move {
+            let result = grow(&live, &pod, needed).await;
+            Work::Resized {
+                after,
+                cpuset: change.cpuset,
+                result,
+                reply,
+            }
+        });
+    }
+
+    fn may_resize(&self, change: &PodLimitChange) -> Result<(Live, PodLimits, VmSize), SandboxError> {
         let id = &self.record.id.0;
-        if self.state != sandbox::State::Ready {
-            return Err(SandboxError::WrongState {
-                what: format!("resize pod sandbox {id}"),
-                state: self.state.as_str().into(),
-            });
-        }
+        let live = self.live.clone().filter(|_| self.state == sandbox::State::Ready);
+        let live = live.ok_or_else(|| SandboxError::WrongState {
+            what: format!("resize pod sandbox {id}"),
+            state: self.state.as_str().into(),
+        })?;
         let before = self.record.spec.limits;
         let after = PodLimits {
             cpu_milli: change.limits.cpu_milli.or(before.cpu_milli),
             memory_bytes: change.limits.memory_bytes.or(before.memory_bytes),
         };
         let overhead = self.node.config.guest_overhead_mib;
-        limits::check_pod(id, before, after, self.vm_size()?, overhead)?;
+        let needed = limits::check_pod(id, before, after, self.room()?, overhead)?;
+        Ok((live, after, needed))
+    }
+
+    /// The VM is as large as the pod's new limits need, or is not.
+    pub(crate) async fn resized(
+        &mut self,
+        after: PodLimits,
+        cpuset: Cpuset,
+        result: Result<VmSize, SandboxError>,
+        reply: Reply<()>,
+    ) {
+        let result = match result {
+            Ok(size) => self.take_limits(after, &cpuset, size).await,
+            Err(error) => Err(error),
+        };
+        self.publish();
+        answer(reply, result);
+    }
+
+    async fn take_limits(
+        &mut self,
+        after: PodLimits,
+        cpuset: &Cpuset,
+        size: VmSize,
+    ) -> Result<(), SandboxError> {
+        self.has_grown(size).await?;
         let mut record = self.record.clone();
         record.spec.limits = after;
-        record.spec.cpuset = record.spec.cpuset.changed(&change.cpuset);
+        record.spec.cpuset = record.spec.cpuset.changed(cpuset);
         if record.spec == self.record.spec {
             return Ok(());
         }
         let previous = std::mem::replace(&mut self.record, record);
-        let pinned = if change.cpuset.is_empty() {
+        let pinned = if cpuset.is_empty() {
             Ok(())
         } else {
             self.pin_with(None, &Cpuset::default()).await
@@ -195,7 +265,7 @@ impl Actor {
         };
         if done.is_err() {
             self.record = previous;
-            self.pin_without(&change.cpuset).await;
+            self.pin_without(cpuset).await;
         }
         done
     }

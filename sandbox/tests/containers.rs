@@ -129,6 +129,50 @@ async fn an_image_is_attached_once_and_slots_run_out_by_name() {
 }
 
 #[tokio::test]
+async fn a_disk_goes_with_the_last_container_that_has_it() {
+    let node = Node::default();
+    let (pods, pod, machine) = pod(&node).await;
+    let attached = || -> Vec<String> {
+        let slots = machine.record.lock().unwrap().slots.clone();
+        slots.into_iter().flatten().collect()
+    };
+    let a = pods.create_container(&pod.0, container("a")).await.unwrap();
+    let b = pods.create_container(&pod.0, container("b")).await.unwrap();
+    pods.remove_container(&a.0).await.unwrap();
+    assert_eq!(attached().len(), 1, "the other container has it still");
+    pods.remove_container(&b.0).await.unwrap();
+    assert_eq!(attached(), Vec::<String>::new());
+    assert_eq!(node.host.faults.called("ReleaseDisk"), 1);
+
+    // Each image had its turn, with fewer slots than images.
+    for image in ["sha256:c1", "sha256:c2", "sha256:c3"] {
+        let made = pods
+            .create_container(&pod.0, container_of("c", image))
+            .await
+            .unwrap();
+        pods.remove_container(&made.0).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_the_guest_holds_stays_until_a_later_removal() {
+    let node = Node::default();
+    let (pods, pod, machine) = pod(&node).await;
+    let slots = || machine.record.lock().unwrap().slots.iter().flatten().count();
+    let a = pods.create_container(&pod.0, container("a")).await.unwrap();
+    let b = pods
+        .create_container(&pod.0, container_of("b", "sha256:bb"))
+        .await
+        .unwrap();
+    node.host.faults.arm("ReleaseDisk");
+    pods.remove_container(&a.0).await.unwrap();
+    assert_eq!((slots(), node.host.faults.called("detach")), (2, 0));
+    node.host.faults.disarm("ReleaseDisk");
+    pods.remove_container(&b.0).await.unwrap();
+    assert_eq!(slots(), 0);
+}
+
+#[tokio::test]
 async fn a_retry_joins_the_creation_and_a_used_name_is_refused() {
     let node = Node::default();
     let (pods, pod, _) = pod(&node).await;

@@ -255,3 +255,65 @@ async fn an_update_that_fails_or_cannot_be_met_changes_nothing() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_vm_that_can_grow_has_what_new_limits_need_before_they_are_set() {
+    let node = Node::default();
+    node.host.faults.arm("VMs can grow");
+    let (pods, pod, id) = running(&node).await;
+    let machine = node.host.machine(&caisson_sandbox::SandboxId(pod.clone()));
+    let size = async |pods: &Sandboxes| {
+        let vm = pods.status(&pod).await.unwrap().info["vm"].clone();
+        (vm["memory_mib"].as_u64().unwrap(), vm["vcpus"].as_u64().unwrap())
+    };
+    let limits = |mib: u64, cpus: u64| LimitChange {
+        memory_limit_bytes: Some(mib << 20),
+        cpu_quota_micros: Some(i64::try_from(cpus * 100_000).unwrap()),
+        ..LimitChange::default()
+    };
+    // No VM has more CPUs than the host.
+    let cpus = std::thread::available_parallelism().unwrap().get().min(2) as u64;
+    pods.update_container(&id, limits(200, 1)).await.unwrap();
+    assert_eq!(
+        (size(&pods).await, node.host.faults.called("grow")),
+        ((256, 1), 0)
+    );
+    node.host.faults.arm("grow");
+    pods.update_container(&id, limits(500, cpus)).await.unwrap_err();
+    assert_eq!(size(&pods).await, (256, 1));
+    node.host.faults.disarm("grow");
+    pods.update_container(&id, limits(500, cpus)).await.unwrap();
+    assert_eq!(size(&pods).await, (500, cpus));
+    let asked = *machine.guest.cpus.lock().unwrap();
+    assert!(cpus == 1 || u64::from(asked) == cpus, "{asked}");
+
+    // A restarted daemon knows how large it is, and how large it can become.
+    pods.close().await;
+    let pods = node.open().await;
+    let asked = node.host.faults.called("grow");
+    pods.update_container(&id, limits(400, cpus)).await.unwrap();
+    assert_eq!(
+        (size(&pods).await, node.host.faults.called("grow")),
+        ((500, cpus), asked)
+    );
+    let pod_limits = |mib: u64| PodLimitChange {
+        limits: PodLimits {
+            memory_bytes: Some(mib << 20),
+            cpu_milli: None,
+        },
+        ..PodLimitChange::default()
+    };
+    pods.resize(&pod, pod_limits(1000)).await.unwrap();
+    assert_eq!(size(&pods).await, (1040, cpus), "and what the guest takes");
+    assert_eq!(
+        pods.status(&pod).await.unwrap().spec.limits.memory_bytes,
+        Some(1000 << 20)
+    );
+    let error = pods.resize(&pod, pod_limits(2048)).await.unwrap_err();
+    assert!(
+        error.to_string().contains("its VM can have 2048 MiB at most"),
+        "{error}"
+    );
+    pods.remove(&pod).await.unwrap();
+    node.assert_nothing_left();
+}

@@ -94,6 +94,10 @@ pub struct VmSize {
     pub default_memory_mib: u64,
     /// vCPUs without limits.
     pub default_vcpus: u32,
+    /// What a VM may grow to, MiB; 0: the host's memory.
+    pub max_memory_mib: u64,
+    /// vCPUs that a VM may grow to; 0: some more than at boot.
+    pub max_vcpus: u32,
     /// What guest kernel and agent need beyond the containers' limits, MiB.
     pub guest_overhead_mib: u64,
     /// What is kept of the pod's cgroup for VMM and helpers, MiB.
@@ -280,6 +284,8 @@ impl Config {
             cmdline: self.guest.cmdline.clone(),
             default_memory_mib: self.vm.default_memory_mib,
             default_vcpus: self.vm.default_vcpus,
+            max_memory_mib: self.vm.max_memory_mib,
+            max_vcpus: self.vm.max_vcpus,
             guest_overhead_mib: self.vm.guest_overhead_mib,
             host_reserve_mib: self.vm.host_reserve_mib,
             scratch_bytes: self.vm.scratch_mib << 20,
@@ -308,6 +314,8 @@ impl Config {
             "user": self.hypervisor.user.to_string(),
             "defaultMemoryMiB": self.vm.default_memory_mib,
             "defaultVcpus": self.vm.default_vcpus,
+            "maxMemoryMiB": self.vm.max_memory_mib,
+            "maxVcpus": self.vm.max_vcpus,
             "guestOverheadMiB": self.vm.guest_overhead_mib,
             "hostReserveMiB": self.vm.host_reserve_mib,
             "scratchMiB": self.vm.scratch_mib,
@@ -380,6 +388,8 @@ fn vm(top: &mut Section) -> VmSize {
     top.section("vm", |vm| VmSize {
         default_memory_mib: vm.number("default_memory_mib", 512, 64..=1 << 24),
         default_vcpus: vm.number("default_vcpus", 1, 1..=255),
+        max_memory_mib: vm.number("max_memory_mib", 0, 0..=1 << 22),
+        max_vcpus: vm.number("max_vcpus", 0, 0..=254),
         guest_overhead_mib: vm.number("guest_overhead_mib", 48, 16..=1 << 16),
         host_reserve_mib: vm.number("host_reserve_mib", 96, 0..=1 << 16),
         scratch_mib: vm.number("scratch_mib", 10 << 10, 16..=1 << 30),

@@ -206,6 +206,23 @@ impl GuestClient {
         Ok(bounded("ListContainers", deadline, request).await?.containers)
     }
 
+    /// Lets go of a disk, so that the hypervisor can take it away.
+    pub async fn release_disk(&self, serial: &str, deadline: Duration) -> Result<(), GuestError> {
+        let mut agent = self.agent.clone();
+        let request = v1::ReleaseDiskRequest {
+            serial: serial.to_owned(),
+        };
+        bounded("ReleaseDisk", deadline, agent.release_disk(request)).await?;
+        Ok(())
+    }
+
+    /// Brings the first `count` CPUs online; answers how many are.
+    pub async fn online_cpus(&self, count: u32, deadline: Duration) -> Result<u32, GuestError> {
+        let mut agent = self.agent.clone();
+        let request = agent.online_cpus(v1::OnlineCpusRequest { count });
+        Ok(bounded("OnlineCpus", deadline, request).await?.online)
+    }
+
     /// Changes a container's limits, and its score for the OOM killer when there is one.
     pub async fn update_container(
         &self,

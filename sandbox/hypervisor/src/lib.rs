@@ -60,6 +60,8 @@ pub struct VmSpec {
     pub max_vcpus: u32,
     /// Guest memory at boot, MiB.
     pub memory_mib: u64,
+    /// Guest memory that [`Vm::grow`] may ever ask for, MiB; at least `memory_mib`.
+    pub max_memory_mib: u64,
     /// Network devices, in order.
     pub nics: Vec<Nic>,
     /// Disks present at boot.
@@ -68,6 +70,17 @@ pub struct VmSpec {
     pub attach_slots: u32,
     /// cgroup v2 directory that every process joins before it allocates guest memory; absent on hosts without one.
     pub cgroup: Option<PathBuf>,
+}
+
+/// What a VM shall have from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmGrowth {
+    /// Memory in all, MiB.
+    pub memory_mib: u64,
+    /// vCPUs in all.
+    pub vcpus: u32,
+    /// How long the guest may take.
+    pub deadline: Duration,
 }
 
 /// A network device: an open tap and the address that the guest shall use.
@@ -123,6 +136,11 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// One sentence for people: which accelerator, which binary and version, and why it was chosen.
     fn describe(&self) -> String;
 
+    /// Whether [`Vm::grow`] works on VMs that this driver launches.
+    fn can_grow(&self) -> bool {
+        false
+    }
+
     /// Starts the VM's processes and answers as soon as the VMM runs and its control socket works; the guest may still be booting.
     /// On error nothing is left: no process, no file outside `spec.dir`.
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, HypervisorError>;
@@ -157,6 +175,17 @@ pub trait Vm: Send + Sync {
 
     /// Takes a disk away; the guest must have unmounted it. Unknown serials are Ok.
     async fn detach(&self, serial: &str) -> Result<(), HypervisorError>;
+
+    /// Makes more memory and vCPUs available to the running VM, and waits until the guest has taken the memory; CPUs are for the agent to
+    /// bring online. Never less than before. Repeating it is harmless.
+    async fn grow(&self, growth: VmGrowth) -> Result<(), HypervisorError> {
+        Err(HypervisorError::Spec(format!(
+            "a VM of driver {} cannot grow to {} MiB and {} CPUs",
+            self.record().driver,
+            growth.memory_mib,
+            growth.vcpus
+        )))
+    }
 
     /// Waits for the VMM's end. Cancel-safe; every call after the end answers at once.
     async fn wait(&self) -> VmExit;

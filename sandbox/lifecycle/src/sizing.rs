@@ -116,6 +116,31 @@ pub fn size(demand: Demand, policy: Policy) -> Result<VmSize, SizeError> {
     })
 }
 
+/// How far VMs may grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Most {
+    /// Memory, MiB.
+    pub memory_mib: u64,
+    /// vCPUs; `None`: see [`ceiling`].
+    pub vcpus: Option<u32>,
+    /// CPUs of the host; no VM has more.
+    pub host_cpus: u32,
+}
+
+/// vCPUs that VMs are made for: each possible CPU costs the guest memory (8 cost 2 MiB, 64 cost 16), so no VM has many more than it may need.
+const CPU_CLASSES: [u32; 4] = [2, 8, 32, 128];
+
+/// What a VM of this size may grow to.
+#[must_use]
+pub fn ceiling(size: VmSize, most: Most) -> VmSize {
+    let class = || CPU_CLASSES.into_iter().find(|class| *class > size.vcpus);
+    let vcpus = most.vcpus.or_else(class).unwrap_or(size.vcpus);
+    VmSize {
+        memory_mib: most.memory_mib.max(size.memory_mib),
+        vcpus: vcpus.min(most.host_cpus).max(size.vcpus),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -196,6 +221,21 @@ mod tests {
     fn vcpus_never_exceed_what_the_host_has() {
         assert_eq!(size(demand(None, Some(64_000), None), POLICY).unwrap().vcpus, 8);
         assert_eq!(size(demand(None, Some(0), None), POLICY).unwrap().vcpus, 2);
+    }
+
+    #[test]
+    fn a_vm_may_grow_by_a_class_of_cpus_and_to_the_memory_that_is_allowed() {
+        let most = |vcpus| Most {
+            memory_mib: 4096,
+            vcpus,
+            host_cpus: 16,
+        };
+        let size = |memory_mib, vcpus| VmSize { memory_mib, vcpus };
+        assert_eq!(ceiling(size(512, 1), most(None)), size(4096, 2));
+        assert_eq!(ceiling(size(512, 2), most(None)), size(4096, 8));
+        assert_eq!(ceiling(size(512, 8), most(None)), size(4096, 16));
+        assert_eq!(ceiling(size(8192, 4), most(Some(3))), size(8192, 4));
+        assert_eq!(ceiling(size(512, 1), most(Some(64))), size(4096, 16));
     }
 
     proptest! {

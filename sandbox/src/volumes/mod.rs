@@ -27,8 +27,9 @@ use rustix::fs::FileType;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    SandboxError,
-    container::{Live, attach},
+    ContainerId, SandboxError,
+    container::Live,
+    disks::Holder,
     guest::{self, mount::Source as Mounted, pod_volume_source::Backing},
     journal::{PodRecord, blocking},
     registry::Node,
@@ -107,11 +108,12 @@ impl Volumes {
     pub(crate) async fn disks(
         &self,
         live: &Live,
+        id: &ContainerId,
         disks: &[HostDisk],
     ) -> Result<Vec<guest::BlockDevice>, SandboxError> {
         let mut devices = Vec::new();
         for disk in disks {
-            let attached = block_device(live, disk).await;
+            let attached = block_device(live, id, disk).await;
             devices.push(attached.map_err(|source| SandboxError::Volume {
                 host_path: disk.host_path.clone(),
                 container_path: disk.container_path.clone(),
@@ -213,7 +215,7 @@ impl Volumes {
                     path: image.await?,
                     read_only: false,
                 };
-                attach(live, disk).await?;
+                live.disks.attach(live, disk, Holder::Pod).await?;
                 (Backing::DiskSerial(serial.clone()), serial)
             }
         };
@@ -260,7 +262,11 @@ impl Volumes {
     }
 }
 
-async fn block_device(live: &Live, disk: &HostDisk) -> Result<guest::BlockDevice, SandboxError> {
+async fn block_device(
+    live: &Live,
+    id: &ContainerId,
+    disk: &HostDisk,
+) -> Result<guest::BlockDevice, SandboxError> {
     let wanted = disk.host_path.clone();
     let path = blocking(move || HostPath::resolve(&wanted)).await?;
     if path.kind != FileType::BlockDevice {
@@ -277,7 +283,7 @@ async fn block_device(live: &Live, disk: &HostDisk) -> Result<guest::BlockDevice
         path: path.path,
         read_only: disk.readonly,
     };
-    attach(live, attached).await?;
+    live.disks.attach(live, attached, Holder::Container(id)).await?;
     Ok(guest::BlockDevice {
         serial,
         path: disk.container_path.clone(),

@@ -39,6 +39,8 @@ pub struct Guest {
     pub volumes: Mutex<BTreeMap<String, Vec<v1::VolumeEntry>>>,
     pub containers: Mutex<BTreeMap<String, FakeContainer>>,
     pub signals: Mutex<Vec<u32>>,
+    /// Asked to be online; 0: never asked.
+    pub cpus: Mutex<u32>,
 }
 
 impl Guest {
@@ -390,6 +392,22 @@ impl agent_server::Agent for Verbs {
             container.exec_ids.retain(|id| *id != request.exec_id);
         }
         Ok(Response::new(v1::RemoveExecReply {}))
+    }
+    async fn release_disk(
+        &self,
+        _: Request<v1::ReleaseDiskRequest>,
+    ) -> Result<Response<v1::ReleaseDiskReply>, Status> {
+        self.enter("ReleaseDisk").await?;
+        Ok(Response::new(v1::ReleaseDiskReply {}))
+    }
+    async fn online_cpus(
+        &self,
+        request: Request<v1::OnlineCpusRequest>,
+    ) -> Result<Response<v1::OnlineCpusReply>, Status> {
+        self.enter("OnlineCpus").await?;
+        let online = request.into_inner().count;
+        *self.guest.cpus.lock().unwrap() = online;
+        Ok(Response::new(v1::OnlineCpusReply { online }))
     }
     async fn update_container(
         &self,

@@ -21,7 +21,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, Vm, VmExit, VmRecord, VmSpec};
+use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, Vm, VmExit, VmGrowth, VmRecord, VmSpec};
 use caisson_net::{GuestInterface, NetError, PodNetwork, PodNetworkSpec};
 use caisson_sandbox::{PodNetworks, SandboxError, SandboxId, Sandboxes, SandboxesConfig, guest, spec};
 use tokio::{sync::watch, task::JoinSet};
@@ -137,6 +137,9 @@ impl Hypervisor for Host {
     fn describe(&self) -> String {
         "a fake, because this is a test".into()
     }
+    fn can_grow(&self) -> bool {
+        self.faults.is("VMs can grow")
+    }
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, HypervisorError> {
         self.enter("launch").await?;
         assert!(
@@ -224,8 +227,15 @@ impl Vm for Handle {
         }
         Ok(())
     }
-    async fn detach(&self, _serial: &str) -> Result<(), HypervisorError> {
+    async fn detach(&self, serial: &str) -> Result<(), HypervisorError> {
+        self.host.enter("detach").await?;
+        for slot in &mut self.machine.record.lock().unwrap().slots {
+            slot.take_if(|held| held == serial);
+        }
         Ok(())
+    }
+    async fn grow(&self, _: VmGrowth) -> Result<(), HypervisorError> {
+        self.host.enter("grow").await
     }
     async fn wait(&self) -> VmExit {
         let mut exit = self.machine.exit.subscribe();
@@ -316,6 +326,8 @@ impl Node {
             cmdline: Vec::new(),
             default_memory_mib: 256,
             default_vcpus: 1,
+            max_memory_mib: 2048,
+            max_vcpus: 4,
             guest_overhead_mib: 40,
             host_reserve_mib: 64,
             scratch_bytes: 64 << 20,

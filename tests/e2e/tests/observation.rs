@@ -458,7 +458,7 @@ fn limits_change_one_by_one_in_the_guest_and_what_the_vm_cannot_hold_is_refused(
         let refused = cri.runtime.update_container_resources(memory(1 << 40)).await;
         let refused = refused.err().context("a terabyte was granted")?;
         ensure!(
-            refused.code() == Code::FailedPrecondition && refused.message().contains("cannot grow"),
+            refused.code() == Code::FailedPrecondition && refused.message().contains("its VM"),
             "{refused:?}"
         );
         let (mut wire, _) = wire(&daemon.socket()).await?;

@@ -47,6 +47,7 @@ async fn main() {
         vcpus: 1,
         max_vcpus: 1,
         memory_mib: 128,
+        max_memory_mib: 128,
         nics: Vec::new(),
         disks: Vec::new(),
         attach_slots: 16,

@@ -30,6 +30,10 @@ pub(crate) fn cmdline(spec: &VmSpec) -> String {
     if spec.max_vcpus > spec.vcpus {
         words.push(format!("maxcpus={}", spec.vcpus));
     }
+    if spec.max_memory_mib > spec.memory_mib {
+        // Memory that is plugged is for everything: the kernel's own tables of it too, or a small VM could not grow far.
+        words.push("memhp_default_state=online_kernel".to_owned());
+    }
     words.extend(spec.cmdline.iter().cloned());
     words.join(" ")
 }

@@ -251,7 +251,7 @@ fn specification(
     }
     let memory = Memory {
         boot_mib: spec.memory_mib,
-        max_mib: spec.memory_mib,
+        max_mib: spec.max_memory_mib.min(spec::MEMORY_MAX_MIB),
         huge_pages: false,
     };
     let nics = spec

@@ -8,6 +8,7 @@ mod client;
 mod cmdline;
 mod detect;
 mod disks;
+mod growth;
 mod launch;
 mod machine;
 
@@ -67,6 +68,10 @@ impl Hypervisor for Builtin {
             self.because,
             self.users.who()
         )
+    }
+
+    fn can_grow(&self) -> bool {
+        true
     }
 
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, HypervisorError> {

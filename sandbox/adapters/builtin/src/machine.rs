@@ -7,7 +7,7 @@ use std::{io, path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use caisson_hypervisor::{
-    Disk, Ended, HypervisorError, KILL_DEADLINE, Process, ProcessRole, Vm, VmExit, VmRecord,
+    Disk, Ended, HypervisorError, KILL_DEADLINE, Process, ProcessRole, Vm, VmExit, VmGrowth, VmRecord,
     console::{last_lines, sanitize},
     logs,
     user::{Lease, Users},
@@ -15,7 +15,7 @@ use caisson_hypervisor::{
 use caisson_vmm_api::exit::{Cause, ExitRecord, RECORD_BYTES_MAX};
 use tokio::task::AbortHandle;
 
-use crate::{NAME, disks::Disks, launch::Paths};
+use crate::{NAME, disks::Disks, growth, launch::Paths};
 
 /// How long an adopted VM may take to name its disks; a restarted daemon has many VMs to adopt.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(3);
@@ -145,6 +145,11 @@ impl Vm for BuiltinVm {
         finish(tokio::spawn(async move { disks.detach(&serial).await })).await
     }
 
+    async fn grow(&self, growth: VmGrowth) -> Result<(), HypervisorError> {
+        let control = self.paths.control.clone();
+        finish(tokio::spawn(async move { growth::grow(&control, growth).await })).await
+    }
+
     async fn wait(&self) -> VmExit {
         let ended = self.vmm.wait().await.unwrap_or(Ended::Unknown);
         VmExit {
@@ -160,7 +165,7 @@ impl Vm for BuiltinVm {
 async fn finish(task: tokio::task::JoinHandle<Result<(), HypervisorError>>) -> Result<(), HypervisorError> {
     task.await.unwrap_or_else(|e| {
         Err(HypervisorError::Io {
-            what: "finish a disk operation".into(),
+            what: "finish a change of the VM".into(),
             source: io::Error::other(e),
         })
     })

@@ -46,6 +46,7 @@ async fn main() {
         vcpus: 1,
         max_vcpus: 1,
         memory_mib: 256,
+        max_memory_mib: 256,
         nics: Vec::new(),
         disks: Vec::new(),
         attach_slots: 16,

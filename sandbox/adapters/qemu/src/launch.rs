@@ -479,6 +479,7 @@ mod tests {
             vcpus: 1,
             max_vcpus: 1,
             memory_mib: 128,
+            max_memory_mib: 128,
             nics: Vec::new(),
             disks: Vec::new(),
             attach_slots: 4,

@@ -440,6 +440,18 @@ impl agent_server::Agent for Verbs {
         self.0.note("RemoveExec");
         Ok(Response::new(v1::RemoveExecReply {}))
     }
+    async fn release_disk(
+        &self,
+        _: Request<v1::ReleaseDiskRequest>,
+    ) -> Result<Response<v1::ReleaseDiskReply>, Status> {
+        unimplemented("ReleaseDisk")
+    }
+    async fn online_cpus(
+        &self,
+        _: Request<v1::OnlineCpusRequest>,
+    ) -> Result<Response<v1::OnlineCpusReply>, Status> {
+        unimplemented("OnlineCpus")
+    }
     async fn update_container(
         &self,
         _: Request<v1::UpdateContainerRequest>,

@@ -82,6 +82,7 @@ impl Bench {
             vcpus: 1,
             max_vcpus: 1,
             memory_mib: 64,
+            max_memory_mib: 64,
             nics: Vec::new(),
             disks: Vec::new(),
             attach_slots: 3,
