@@ -3,6 +3,9 @@
 #   make demo     a real pod in a real VM, from nothing; about 6 minutes the first time
 #   make test     every test, end to end ones included
 #   make e2e-node the end-to-end tests inside a node VM, where KVM works; NODE_TESTS='pods isolation' for some of them
+#   make e2e-node-short  those of them that CI runs
+#   make critest-node  critest's conformance specs in that VM; CRITEST_NODE='--focus REGEXP' for others
+#   make bench-vmm the built-in VMM beside QEMU, in that VM
 #   make node-shell  a shell in that VM
 #   make e2e-kubelet  the end-to-end tests with a real kubelet and static pods
 #   make check    formatting and lints
@@ -23,7 +26,8 @@ GUEST := guest/out
 RUN ?= /tmp/caisson
 CARGO ?= cargo
 
-.PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench bench-streaming fuzz run registry crictl critest kubelet e2e-kubelet node-shell e2e-node
+.PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench bench-streaming bench-vmm fuzz run registry
+.PHONY: crictl critest kubelet e2e-kubelet node-shell e2e-node e2e-node-short critest-node
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -77,6 +81,21 @@ e2e-tuned: build guest-tuned crictl
 # A VM that is a real node: what tests see of KVM, cgroup v2 and systemd comes from it.
 e2e-node: build guest-tuned crictl
 	@./tests/e2e/node/suite.sh $(NODE_TESTS)
+
+# What fits into CI: each thing that KVM, cgroup v2 or the built-in VMM makes different, once.
+NODE_SHORT := check confinement pods=a_pod_lives growth
+
+e2e-node-short: build guest-tuned crictl
+	@./tests/e2e/node/suite.sh $(NODE_SHORT)
+
+CRITEST_NODE ?= --focus Conformance
+
+critest-node: build guest-tuned
+	@./tests/peers.sh $(CAISSON_CACHE)/bin critest
+	@./tests/e2e/node/critest.sh $(CRITEST_NODE)
+
+bench-vmm: build guest-tuned
+	@./tests/e2e/node/bench.sh
 
 # A real node as a VM, KVM included; stays up until `tests/e2e/node/run.sh --stop`.
 node-shell: setup

@@ -16,6 +16,18 @@ results=target/node
 export CAISSON_KERNEL=${CAISSON_KERNEL:-$checkout/guest/out/tuned/vmlinux} CAISSON_INITRAMFS=${CAISSON_INITRAMFS:-$checkout/guest/out/tuned/initramfs.cpio}
 export NODE_NAME=${NODE_NAME:-suite-$$}
 
+# Copies, and adds to each test what it took.
+timed() {
+    local line last=$SECONDS
+    while IFS= read -r line || [ -n "$line" ]; do
+        if [[ $line =~ ^(test\ .*\ \.\.\.\ )?(ok|FAILED)$ ]]; then
+            line+=" ($((SECONDS - last)) s)"
+            last=$SECONDS
+        fi
+        printf '%s\n' "$line"
+    done
+}
+
 rm -rf "$results"
 mkdir -p "$results"
 # Cargo compiles; only executables go in. architecture asks cargo, which a node has not.
@@ -26,6 +38,16 @@ while IFS=$'\t' read -r name path; do
 done < <(sed -nE '/"kind":\["test"\]/s/.*"name":"([a-z_0-9]+)","src_path".*"executable":"([^"]+)".*/\1\t\2/p' "$results/cargo.json")
 [ ${#executables[@]} -gt 0 ] || { echo "node suite: cargo named no test executables" >&2; exit 1; }
 ./target/release/packages || exit 1
+# Copies, so that somebody may go on building meanwhile.
+mkdir "$results/bin"
+for name in "${!executables[@]}"; do
+    cp --reflink=auto "${executables[$name]}" "$results/bin/test-$name"
+    executables[$name]=$checkout/$results/bin/test-$name
+done
+cp --reflink=auto target/release/{caissond,caisson-vmm,caisson-vhost-vsock,caisson-file-server,packages} "$results/bin/"
+cp --reflink=auto "$CAISSON_KERNEL" "$CAISSON_INITRAMFS" "$results/bin/"
+export CAISSON_BIN_DIR=$checkout/$results/bin
+CAISSON_KERNEL=$CAISSON_BIN_DIR/$(basename "$CAISSON_KERNEL") CAISSON_INITRAMFS=$CAISSON_BIN_DIR/$(basename "$CAISSON_INITRAMFS")
 
 wanted=("$@")
 if [ $# = 0 ]; then
@@ -36,7 +58,7 @@ fi
 began=$SECONDS
 trap 'cp "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME/console" "$results/console.log"; "$here/run.sh" --stop' EXIT
 "$here/run.sh" --start || exit 1
-"$here/run.sh" ./target/release/caissond --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | tee "$results/check.log"
+"$here/run.sh" "$CAISSON_BIN_DIR/caissond" --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | tee "$results/check.log"
 passed=0 failed=0 skipped=0 broken=()
 for one in "${wanted[@]}"; do
     name=${one%%=*} filter=()
@@ -46,7 +68,7 @@ for one in "${wanted[@]}"; do
         exit 2
     fi
     echo "=== $name, inside the node, at $((SECONDS - began)) s"
-    "$here/run.sh" "${executables[$name]}" --test-threads=1 "${filter[@]}" 2>&1 | tee "$results/$name.log"
+    "$here/run.sh" "${executables[$name]}" --test-threads=1 "${filter[@]}" 2>&1 | timed | tee "$results/$name.log"
     code=${PIPESTATUS[0]}
     line=$(grep -E '^test result: ' "$results/$name.log" | tail -n 1)
     if [[ $line =~ ([0-9]+)\ passed\;\ ([0-9]+)\ failed\;\ ([0-9]+)\ ignored ]]; then

@@ -1,0 +1,23 @@
+#!/bin/bash
+# critest inside a fresh node, on the driver that its KVM makes the default. Needs what `make build guest-tuned` and peers.sh leave.
+#
+#   critest.sh [CRITEST-WORDS...]     as target/release/critest takes them (--focus REGEXP, --skip REGEXP)
+#
+# Ends as that program does: with its counts, and with an error when a spec fails that docs/conformance.md does not list. The reports
+# stay in target/node-critest.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+checkout=$(cd "$here/../../.." && pwd)
+cd "$checkout"
+results=target/node-critest
+export CAISSON_KERNEL=${CAISSON_KERNEL:-$checkout/guest/out/tuned/vmlinux} CAISSON_INITRAMFS=${CAISSON_INITRAMFS:-$checkout/guest/out/tuned/initramfs.cpio}
+export NODE_NAME=${NODE_NAME:-critest-$$}
+
+rm -rf "$results"
+mkdir -p "$results"
+./target/release/packages || exit 1
+trap '"$here/run.sh" cp -r /tmp/critest /run/node/ 2>/dev/null; cp -r "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME"/{console,exchange/critest} "$results/" 2>/dev/null; "$here/run.sh" --stop' EXIT
+"$here/run.sh" --start || exit 1
+"$here/run.sh" ./target/release/caissond --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check || exit 1
+"$here/run.sh" ./target/release/critest --report /tmp/critest "$@"
