@@ -83,7 +83,7 @@ e2e-node: build guest-tuned crictl
 	@./tests/e2e/node/suite.sh $(NODE_TESTS)
 
 # What fits into CI: each thing that KVM, cgroup v2 or the built-in VMM makes different, once.
-NODE_SHORT := check confinement pods=a_pod_lives growth
+NODE_SHORT := check cgroups confinement pods=a_pod_lives growth
 
 e2e-node-short: build guest-tuned crictl
 	@./tests/e2e/node/suite.sh $(NODE_SHORT)
