@@ -86,7 +86,7 @@ pub struct SandboxesConfig {
     pub default_vcpus: u32,
     /// Memory that a VM may grow to, MiB; 0: as much as the host has.
     pub max_memory_mib: u64,
-    /// vCPUs that a VM may grow to; 0: some more than it was booted with.
+    /// vCPUs that a VM may grow to; 0: those that it was booted with.
     pub max_vcpus: u32,
     /// Memory that guest kernel and agent need beyond the containers' limits, MiB.
     pub guest_overhead_mib: u64,

@@ -96,7 +96,7 @@ pub struct VmSize {
     pub default_vcpus: u32,
     /// What a VM may grow to, MiB; 0: the host's memory.
     pub max_memory_mib: u64,
-    /// vCPUs that a VM may grow to; 0: some more than at boot.
+    /// vCPUs that a VM may grow to; 0: those of the boot.
     pub max_vcpus: u32,
     /// What guest kernel and agent need beyond the containers' limits, MiB.
     pub guest_overhead_mib: u64,

@@ -121,20 +121,16 @@ pub fn size(demand: Demand, policy: Policy) -> Result<VmSize, SizeError> {
 pub struct Most {
     /// Memory, MiB.
     pub memory_mib: u64,
-    /// vCPUs; `None`: see [`ceiling`].
+    /// vCPUs; `None`: those of the boot.
     pub vcpus: Option<u32>,
     /// CPUs of the host; no VM has more.
     pub host_cpus: u32,
 }
 
-/// vCPUs that VMs are made for: each possible CPU costs the guest memory (8 cost 2 MiB, 64 cost 16), so no VM has many more than it may need.
-const CPU_CLASSES: [u32; 4] = [2, 8, 32, 128];
-
-/// What a VM of this size may grow to.
+/// What a VM of this size may grow to. Each possible CPU costs the guest memory (8 cost 2 MiB, 64 cost 16), so none is there unless asked for.
 #[must_use]
 pub fn ceiling(size: VmSize, most: Most) -> VmSize {
-    let class = || CPU_CLASSES.into_iter().find(|class| *class > size.vcpus);
-    let vcpus = most.vcpus.or_else(class).unwrap_or(size.vcpus);
+    let vcpus = most.vcpus.unwrap_or(size.vcpus);
     VmSize {
         memory_mib: most.memory_mib.max(size.memory_mib),
         vcpus: vcpus.min(most.host_cpus).max(size.vcpus),
@@ -224,16 +220,14 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_may_grow_by_a_class_of_cpus_and_to_the_memory_that_is_allowed() {
+    fn a_vm_may_grow_to_what_is_allowed_and_the_host_has() {
         let most = |vcpus| Most {
             memory_mib: 4096,
             vcpus,
             host_cpus: 16,
         };
         let size = |memory_mib, vcpus| VmSize { memory_mib, vcpus };
-        assert_eq!(ceiling(size(512, 1), most(None)), size(4096, 2));
-        assert_eq!(ceiling(size(512, 2), most(None)), size(4096, 8));
-        assert_eq!(ceiling(size(512, 8), most(None)), size(4096, 16));
+        assert_eq!(ceiling(size(512, 1), most(None)), size(4096, 1));
         assert_eq!(ceiling(size(8192, 4), most(Some(3))), size(8192, 4));
         assert_eq!(ceiling(size(512, 1), most(Some(64))), size(4096, 16));
     }
