@@ -27,7 +27,7 @@ RUN ?= /tmp/caisson
 CARGO ?= cargo
 
 .PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench bench-streaming bench-vmm fuzz run registry
-.PHONY: crictl critest kubelet e2e-kubelet node-shell e2e-node e2e-node-short critest-node
+.PHONY: crictl nri-plugin critest kubelet e2e-kubelet node-shell e2e-node e2e-node-short critest-node
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -71,7 +71,7 @@ unit: build guest
 	CAISSON_TEST_VSOCK=$(CURDIR)/target/release/caisson-vhost-vsock CAISSON_TEST_MKFS_EROFS=$(CAISSON_CACHE)/erofs-utils-1.8/mkfs.erofs \
 		$(CARGO) test -p caisson-agent --features component-test
 
-e2e: build guest crictl
+e2e: build guest crictl nri-plugin
 	$(CARGO) test --release -p caisson-e2e -- --test-threads=1
 
 e2e-tuned: build guest-tuned crictl
@@ -79,7 +79,7 @@ e2e-tuned: build guest-tuned crictl
 		$(CARGO) test --release -p caisson-e2e --test pods --test containers --test logs --test isolation --test workloads -- --test-threads=1
 
 # A VM that is a real node: what tests see of KVM, cgroup v2 and systemd comes from it.
-e2e-node: build guest-tuned crictl
+e2e-node: build guest-tuned crictl nri-plugin
 	@./tests/e2e/node/suite.sh $(NODE_TESTS)
 
 # What fits into CI: each thing that KVM, cgroup v2 or the built-in VMM makes different, once.
@@ -135,6 +135,9 @@ kubelet: setup
 e2e-kubelet: build guest-tuned crictl kubelet
 	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
 		$(CARGO) test --release -p caisson-e2e --test kubelet -- --ignored --test-threads=1
+
+nri-plugin: setup
+	@./tests/peers.sh $(CAISSON_CACHE)/bin nri-plugin
 
 critest: build guest-tuned
 	@./tests/peers.sh $(CAISSON_CACHE)/bin critest

@@ -3,14 +3,16 @@
 #
 #   peers.sh BIN-DIRECTORY PEER...
 #
-# PEER: crictl, critest, kubelet. Leaves BIN-DIRECTORY/PEER, a link to PEER-VERSION.
+# PEER: crictl, critest, kubelet, nri-plugin. Leaves BIN-DIRECTORY/PEER, a link to PEER-VERSION.
 set -euo pipefail
 
 cri_tools=v1.36.0
 kubernetes=v1.36.3
+nri=v0.12.1
 bin=$1
 shift
 mkdir -p "$bin"
+sources=$(cd "$(dirname "$0")" && pwd)/e2e
 
 # A module of our own that requires theirs: `go install pkg@version` asks for a list of versions that a proxy need not have.
 build() { # peer, module, version, variable that holds the version, go words...
@@ -19,7 +21,8 @@ build() { # peer, module, version, variable that holds the version, go words...
     command -v go >/dev/null || { echo "peers: go is missing: install Go 1.26" >&2; exit 1; }
     echo "building $peer $version (about 2 minutes; kubelet 10)"
     work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
+    # Expanded now: it is local.
+    trap "rm -rf '$work'" EXIT
     (
         cd "$work"
         go mod init caisson.test/peers 2>/dev/null
@@ -42,6 +45,27 @@ staged() { # module, version
     done
 }
 
+# A program of ours on their library.
+build_ours() { # peer, module, version, directory, name of what is built
+    local peer=$1 module=$2 version=$3 work
+    command -v go >/dev/null || { echo "peers: go is missing: install Go 1.26" >&2; exit 1; }
+    echo "building $peer on $module $version"
+    work=$(mktemp -d)
+    # Expanded now: it is local.
+    trap "rm -rf '$work'" EXIT
+    (
+        cp "$4"/*.go "$work"
+        cd "$work"
+        go mod init "caisson.test/$peer" 2>/dev/null
+        go mod edit -require="$module@$version"
+        go build -mod=mod -trimpath -ldflags "-s -w" -o "$work/$peer" . 2>"$work/log" || {
+            cat "$work/log" >&2
+            exit 1
+        }
+    )
+    mv "$work/$peer" "$bin/$peer-$5"
+}
+
 for peer in "$@"; do
     variable=sigs.k8s.io/cri-tools/pkg/version.Version
     case $peer in
@@ -50,6 +74,12 @@ for peer in "$@"; do
     critest) version=$cri_tools module=sigs.k8s.io/cri-tools words=(go test -c -vet=off) ;;
     # Go 1.27 builds Kubernetes 1.36, but what it builds does not work.
     kubelet) version=$kubernetes module=k8s.io/kubernetes words=(go build) variable=k8s.io/component-base/version.gitVersion ;;
+    nri-plugin)
+        version=$nri-$(sha256sum "$sources/nri-plugin/main.go" | cut -c 1-12)
+        [ -x "$bin/$peer-$version" ] || build_ours "$peer" github.com/containerd/nri "$nri" "$sources/nri-plugin" "$version"
+        ln -sfn "$peer-$version" "$bin/$peer"
+        continue
+        ;;
     *) echo "peers: no recipe for $peer" >&2; exit 1 ;;
     esac
     [ -x "$bin/$peer-$version" ] || build "$peer" "$module" "$version" "$variable" "${words[@]}"

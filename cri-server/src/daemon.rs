@@ -7,7 +7,11 @@ use std::sync::Arc;
 use anyhow::Context;
 use caisson_image::ImageStore;
 use caisson_net::Network;
-use caisson_sandbox::Sandboxes;
+use caisson_nri::Serving;
+use caisson_sandbox::{
+    Sandboxes,
+    hooks::{NoHooks, PodHooks},
+};
 use caisson_streaming::{Endpoint, Server};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -17,11 +21,13 @@ use tokio::{
 use crate::{
     config::Config,
     drivers, notify,
+    nri::Plugins,
     pod_cidr::PodCidrStore,
     rpc::service::Cri,
     runtime::{Runtime, Settings, VERSION},
     server,
     socket::{self, StateLock},
+    status::chain,
     streams::PodStreams,
 };
 
@@ -36,7 +42,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let (streaming, endpoint) = Server::bind(&config.streaming)
         .await
         .context("cannot serve exec, attach and port-forward")?;
-    let runtime = open(&config, endpoint).await?;
+    let plugins = config.nri.clone().map(Plugins::new);
+    let runtime = open(&config, endpoint, plugins.clone()).await?;
+    let _nri = serve_nri(plugins.as_ref(), &runtime.sandboxes).await;
     let (listener, bound) = socket::bind(&config.daemon.socket)?;
     tracing::info!(
         version = VERSION,
@@ -60,6 +68,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     tell_manager(notify::STOPPING);
     // Clients of streams see their connections closed; what they ran is ended in the guests.
     sessions.shutdown().await;
+    if let Some(plugins) = &plugins {
+        plugins.close().await;
+    }
     sandboxes.close().await;
     served?;
     tracing::info!("stopped; pods go on running");
@@ -67,16 +78,18 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 /// Opens each room; the order is that of who needs whom.
-async fn open(config: &Config, streaming: Endpoint) -> anyhow::Result<Runtime> {
+async fn open(config: &Config, streaming: Endpoint, nri: Option<Plugins>) -> anyhow::Result<Runtime> {
     let hypervisor = drivers::choose(config).await?;
     let network = Network::new(config.network.clone());
     let images = ImageStore::open(config.images.clone())
         .await
         .context("cannot open the image store")?;
-    let sandboxes = Sandboxes::open(
+    let hooks = nri.as_ref().map_or_else(no_hooks, Plugins::hooks);
+    let sandboxes = Sandboxes::open_with_hooks(
         config.sandboxes(),
         Arc::clone(&hypervisor),
         Arc::new(network.clone()),
+        hooks,
     )
     .await
     .context("cannot open the pods' state")?;
@@ -85,12 +98,28 @@ async fn open(config: &Config, streaming: Endpoint) -> anyhow::Result<Runtime> {
         images,
         network,
         hypervisor,
+        nri,
         pod_cidr: Arc::new(PodCidrStore::open(&config.daemon.root)),
         streaming,
         settings: Arc::new(settings(config)),
     };
     runtime.collect_images().await;
     Ok(runtime)
+}
+
+fn no_hooks() -> Arc<dyn PodHooks> {
+    Arc::new(NoHooks)
+}
+
+/// Pods run without plugins when these cannot be served: on many nodes another runtime has the socket.
+async fn serve_nri(plugins: Option<&Plugins>, sandboxes: &Sandboxes) -> Option<Serving> {
+    match plugins?.serve(sandboxes.clone()).await {
+        Ok(serving) => Some(serving),
+        Err(error) => {
+            tracing::error!(error = chain(&error), "NRI plugins are not served");
+            None
+        }
+    }
 }
 
 fn settings(config: &Config) -> Settings {

@@ -15,6 +15,7 @@ pub mod image_command;
 pub mod inquiry;
 pub mod metrics;
 pub mod notify;
+pub mod nri;
 pub mod outcome;
 pub mod pod_cidr;
 pub mod rpc;

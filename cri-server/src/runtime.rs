@@ -10,6 +10,7 @@ use caisson_streaming::Endpoint;
 
 use crate::{
     config::CgroupDriver,
+    nri::Plugins,
     pod_cidr::PodCidrStore,
     status::{RpcError, chain},
 };
@@ -25,6 +26,8 @@ pub struct Runtime {
     pub network: Network,
     /// The driver, asked to describe itself only.
     pub hypervisor: Arc<dyn Hypervisor>,
+    /// Plugins that have a say; absent when NRI is switched off.
+    pub nri: Option<Plugins>,
     /// The node's range of pod addresses, as kubelet has told it.
     pub pod_cidr: Arc<PodCidrStore>,
     /// Where clients are sent for streams.

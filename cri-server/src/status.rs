@@ -10,6 +10,7 @@
 use std::error::Error;
 
 use caisson_image::{ErrorKind as ImageErrorKind, ImageError};
+use caisson_nri::NriError;
 use caisson_sandbox::{ErrorKind, SandboxError};
 use caisson_streaming::TooManyTokens;
 use tonic::{Code, Status};
@@ -45,6 +46,9 @@ pub enum RpcError {
     /// No more streaming sessions can be promised.
     #[error(transparent)]
     Streaming(#[from] TooManyTokens),
+    /// A plugin does not let it happen.
+    #[error(transparent)]
+    Nri(#[from] NriError),
     /// A host file that the answer is made of cannot be read.
     #[error("cannot {what}")]
     Io {
@@ -71,7 +75,7 @@ impl RpcError {
             Self::Sandbox(error) => sandbox_code(error.kind()),
             Self::Image(error) => image_code(error.kind()),
             Self::Streaming(_) => Code::ResourceExhausted,
-            Self::Io { .. } | Self::TaskLost(_) => Code::Internal,
+            Self::Nri(_) | Self::Io { .. } | Self::TaskLost(_) => Code::Internal,
         }
     }
 

@@ -197,6 +197,7 @@ impl World {
             images: self.images.clone(),
             network: Network::new(config.network.clone()),
             hypervisor: Arc::new(self.node.host.clone()),
+            nri: None,
             pod_cidr: Arc::new(PodCidrStore::open(dir)),
             streaming,
             settings: Arc::new(Settings {

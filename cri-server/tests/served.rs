@@ -109,6 +109,7 @@ async fn runtime(dir: &Path) -> Runtime {
         images: ImageStore::open(config.images.clone()).await.unwrap(),
         network,
         hypervisor,
+        nri: None,
         pod_cidr: Arc::new(PodCidrStore::open(dir)),
         streaming,
         settings: Arc::new(Settings {

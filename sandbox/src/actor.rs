@@ -27,9 +27,10 @@ use crate::{
     container::Live,
     entry::{self, Entry, Fate, Work},
     events::{self, Picture, Told},
+    hooks::Ticket,
     journal::{KeptImages, PodPhase, PodRecord},
     registry::{Handle, Node, Outcome, Registry, Reply, Request, Snapshot, Terminate},
-    undo::UndoStack,
+    undo::{self, Farewell, UndoStack},
     view::{SandboxState, SandboxView},
 };
 
@@ -46,6 +47,8 @@ enum Vital {
         undo: UndoStack,
         failures: Vec<SandboxError>,
         deep: bool,
+        /// Held until the pod is no longer listed.
+        ticket: Option<Ticket>,
     },
 }
 
@@ -91,6 +94,8 @@ pub(crate) struct Actor {
     waiters: Waiters,
     boot_cancel: Option<oneshot::Sender<()>>,
     boot_error: Option<SandboxError>,
+    /// What the clean-up that runs tells hooks, once containers have ended.
+    farewell: Option<watch::Sender<Option<Arc<Farewell>>>>,
     outcome: watch::Sender<Outcome>,
     snapshot: watch::Sender<Arc<Snapshot>>,
     told: Told,
@@ -171,6 +176,7 @@ impl Actor {
             waiters: Waiters::default(),
             boot_cancel: None,
             boot_error: None,
+            farewell: None,
             outcome,
             snapshot,
             told: Told::default(),
@@ -265,9 +271,15 @@ impl Actor {
                 }
                 self.boot_ended(*end).await;
             }
-            Ok(Vital::CleanUp { undo, failures, deep }) => {
+            Ok(Vital::CleanUp {
+                undo,
+                failures,
+                deep,
+                ticket,
+            }) => {
                 self.undo = Some(undo);
                 self.cleaned(failures, deep).await;
+                drop(ticket);
             }
             // A panic in boot or clean-up: what it held is unknown, so everything is tried again.
             Err(error) => {
@@ -302,6 +314,7 @@ impl Actor {
                 self.live = Some(live);
                 self.hold(booted.vm);
                 self.apply(Event::BootDone).await;
+                drop(booted.ticket);
             }
             Err(error) => {
                 self.vm = end.vm;
@@ -357,6 +370,12 @@ impl Actor {
             }
         }
         self.publish();
+        if let Some(promise) = self.farewell.take() {
+            promise.send_replace(Some(Arc::new(Farewell {
+                pod: self.shown_pod(),
+                containers: self.container_views(),
+            })));
+        }
     }
 
     /// Ends what containers do, and the containers.
@@ -370,8 +389,12 @@ impl Actor {
         let (node, mut record, vm) = (self.node.clone(), self.record.clone(), self.vm.clone());
         self.children.vm.abort_all();
         let mut undo = self.undo.take().unwrap_or_default();
+        let (promise, mut farewell) = watch::channel(None);
+        self.farewell = Some(promise);
         self.children.vital.spawn(async move {
-            let mut failures = undo.unwind(&node, &record, vm.as_ref(), deep).await;
+            let mut failures = undo
+                .unwind(&node, &record, vm.as_ref(), deep, Some(&mut farewell))
+                .await;
             if failures.is_empty() && !deep {
                 // Also of a boot that was broken off before its first record.
                 undo = UndoStack::record();
@@ -380,7 +403,19 @@ impl Actor {
                 record.ips.clear();
                 failures.extend(node.journal.write_pod(&record).await.err());
             }
-            Vital::CleanUp { undo, failures, deep }
+            let mut ticket = None;
+            if failures.is_empty()
+                && deep
+                && let Some(farewell) = undo::kept(&mut farewell).await
+            {
+                ticket = Some(node.hooks.remove_pod(&farewell.pod, &farewell.containers).await);
+            }
+            Vital::CleanUp {
+                undo,
+                failures,
+                deep,
+                ticket,
+            }
         });
     }
 
@@ -451,6 +486,11 @@ impl Actor {
         if error.is_panic() {
             tracing::error!(%error, "task of the pod sandbox panicked");
         }
+    }
+
+    /// The pod as it was shown last.
+    pub(crate) fn latest(&self) -> Arc<Snapshot> {
+        self.snapshot.borrow().clone()
     }
 
     /// Shows the pod as it is now.

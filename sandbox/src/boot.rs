@@ -1,7 +1,7 @@
 //! The way of a pod from its record to a configured VM.
 //!
 //! ```text
-//! size -> (network || disk, directory, cgroup) -> launch -> connect -> configure -> record
+//! size -> (network || disk, directory, cgroup) -> launch -> connect -> configure -> hooks -> record
 //! ```
 //!
 //! Linear, with an undo stack that the boot hands back however it ends. It may be broken off at any point: futures are dropped, except
@@ -26,12 +26,15 @@ use tokio::{
 };
 
 use crate::{
-    SandboxError, cgroup, console, guest, identity,
+    SandboxError, cgroup, console, guest,
+    hooks::Ticket,
+    identity,
     journal::{PodPhase, PodRecord, blocking, private_dir},
     pinning,
     registry::Node,
     scratch,
     undo::{Undo, UndoStack},
+    view::{SandboxState, SandboxView},
 };
 
 /// How long a broken-off boot waits for CNI plugins before it goes on without them.
@@ -44,6 +47,8 @@ const DEADLINE_GRACE: Duration = Duration::from_secs(1);
 pub(crate) struct Booted {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) guest: GuestClient,
+    /// Held until the pod is listed.
+    pub(crate) ticket: Ticket,
 }
 
 /// How a boot ended; `undo` has what it made in any case.
@@ -182,12 +187,35 @@ impl Boot {
         })
         .await?;
 
+        self.begin("hooks");
+        let shown = self.view();
+        let ticket = while_vm_lives(&vm, &id, async {
+            let run = self.node.hooks.run_pod(&shown).await;
+            run.map_err(|source| SandboxError::Hook {
+                what: format!("run pod sandbox {id}"),
+                source,
+            })
+        })
+        .await?;
+
         self.begin("record");
         self.record.phase = PodPhase::Ready;
         self.record.info = self.info(size, &vm, &hello, configured.network_nanos);
         self.node.journal.write_pod(&self.record).await?;
         self.begin("done");
-        Ok(Booted { vm, guest })
+        Ok(Booted { vm, guest, ticket })
+    }
+
+    /// The pod as hooks see it: not ready yet.
+    fn view(&self) -> SandboxView {
+        SandboxView {
+            id: self.record.id.clone(),
+            spec: self.record.spec.clone(),
+            state: SandboxState::NotReady,
+            created_at: self.record.created_at,
+            ips: self.record.ips.clone(),
+            info: serde_json::Value::Null,
+        }
     }
 
     fn size(&self) -> Result<VmSize, SandboxError> {

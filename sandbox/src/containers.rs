@@ -11,7 +11,8 @@ use crate::{
     ContainerId, SandboxError,
     actor::{Actor, answer},
     container::{self, Ending, Output, Started, Stop},
-    entry::{Entry, Fate, Work, phase, shown},
+    entry::{Entry, Fate, Made, Work, phase, shown},
+    hooks::{Moment, Ticket},
     journal::{ContainerPhase, ContainerRecord},
     registry::{Reply, Request},
     spec::ContainerSpec,
@@ -162,24 +163,26 @@ impl Actor {
         let record = ContainerRecord {
             id: id.clone(),
             volumes: container::volume_ids(&id, &spec),
-            spec: spec.clone(),
+            spec,
             created_at: SystemTime::now(),
             phase: ContainerPhase::Created,
             user: None,
         };
         let mut entry = Entry::new(record, State::Creating);
         entry.creating.push(reply);
+        let subject = self.subject(&entry);
         self.containers.insert(id.clone(), entry);
         self.spawn_work(async move {
-            let result = Box::pin(container::make(live, id.clone(), spec)).await;
-            Work::Made { id, result }
+            let made = Box::pin(subject.make(live)).await;
+            Work::Made { id, made }
         });
     }
 
     fn start(&mut self, id: &ContainerId, reply: Reply<()>) {
         let output = self.output(id);
         let live = self.live.clone();
-        let Some(entry) = self.containers.get_mut(id) else {
+        let subject = self.subject_of(id);
+        let (Some(entry), Some(subject)) = (self.containers.get_mut(id), subject) else {
             return answer(reply, Err(SandboxError::NoContainer(id.0.clone())));
         };
         let (Some(live), Some(output)) = (live, output) else {
@@ -191,9 +194,7 @@ impl Actor {
         entry.starting = Some(reply);
         let id = id.clone();
         self.spawn_work(async move {
-            let result = Box::pin(container::start(live, id.clone(), output))
-                .await
-                .map(Box::new);
+            let result = Box::pin(subject.start(live, output)).await;
             Work::Started { id, result }
         });
     }
@@ -220,15 +221,16 @@ impl Actor {
         entry.stops += 1;
         let id = id.clone();
         self.spawn_work(async move {
-            answer(reply, Box::pin(container::stop(live, id.clone(), stop)).await);
-            Work::StopDone { id }
+            let result = Box::pin(container::stop(live, id.clone(), stop)).await;
+            Work::StopDone { id, result, reply }
         });
     }
 
     fn remove(&mut self, id: &ContainerId, reply: Reply<()>) {
         let live = self.live.clone();
         let state = self.state;
-        let Some(entry) = self.containers.get_mut(id) else {
+        let subject = self.subject_of(id);
+        let (Some(entry), Some(subject)) = (self.containers.get_mut(id), subject) else {
             return answer(reply, Ok(()));
         };
         // A guest that is being taken apart is not asked; its container is gone with it.
@@ -241,11 +243,8 @@ impl Actor {
         }
         entry.removing.push(reply);
         if effects.contains(&Effect::Remove) {
-            let (id, volumes) = (id.clone(), entry.record.volumes.clone());
-            self.spawn_work(async move {
-                let result = Box::pin(container::remove(live, id.clone(), volumes)).await;
-                Work::Removed { id, result }
-            });
+            let volumes = entry.record.volumes.clone();
+            self.spawn_work(async move { Box::pin(subject.remove(live, volumes)).await });
         }
     }
 
@@ -309,7 +308,8 @@ impl Actor {
 
     pub(crate) async fn work_done(&mut self, work: Work) {
         match work {
-            Work::Made { id, result } => self.made(&id, result).await,
+            Work::Made { id, made } => self.made(&id, made).await,
+            Work::Announced { id, reply } => self.announced(&id, reply),
             Work::Started { id, result } => self.started(&id, result).await,
             Work::Ended { id, exit } => {
                 tracing::info!(container.id = %id.0, code = exit.code, reason = exit.reason.as_str(), "container ended");
@@ -317,10 +317,17 @@ impl Actor {
                 if let Some(entry) = self.containers.get(&id) {
                     self.pin_without(&entry.record.spec.cpuset).await;
                 }
+                self.publish();
+                self.tell_then(&id, Moment::Ended, || {});
             }
-            Work::StopDone { id } => {
+            Work::StopDone { id, result, reply } => {
                 if let Some(entry) = self.containers.get_mut(&id) {
                     entry.stops = entry.stops.saturating_sub(1);
+                }
+                if result.is_ok() {
+                    self.tell_then(&id, Moment::Ended, || answer(reply, Ok(())));
+                } else {
+                    answer(reply, result);
                 }
             }
             Work::Removed { id, result } => self.removed(&id, result).await,
@@ -338,11 +345,16 @@ impl Actor {
         self.publish();
     }
 
-    async fn made(&mut self, id: &ContainerId, result: Result<(), SandboxError>) {
-        let result = match result {
+    async fn made(&mut self, id: &ContainerId, Made { spec, result }: Made) {
+        if let (Some(entry), Some(spec)) = (self.containers.get_mut(id), spec) {
+            entry.record.volumes = container::volume_ids(id, &spec);
+            entry.record.spec = *spec;
+        }
+        let had_ticket = result.is_ok();
+        let (result, ticket) = match result {
             // Disks and the file server may be new: they are remembered before anybody relies on them.
-            Ok(()) => self.remember_attached().await,
-            Err(error) => Err(error),
+            Ok(ticket) => (self.remember_attached().await, Some(ticket)),
+            Err(error) => (Err(error), None),
         };
         let result = match result {
             Ok(()) => {
@@ -351,6 +363,7 @@ impl Actor {
             }
             Err(error) => Err(error),
         };
+        let subject = self.subject_of(id);
         let entry = self.containers.get_mut(id);
         let (waiting, volumes) = entry
             .map(|entry| (std::mem::take(&mut entry.creating), entry.record.volumes.clone()))
@@ -359,15 +372,23 @@ impl Actor {
             Ok(()) => {
                 tracing::info!(container.id = %id.0, "container created");
                 self.publish();
-                waiting
-                    .into_iter()
-                    .for_each(|reply| answer(reply, Ok(id.clone())));
+                drop(ticket);
+                let told = id.clone();
+                self.tell_then(id, Moment::Created, move || {
+                    waiting
+                        .into_iter()
+                        .for_each(|reply| answer(reply, Ok(told.clone())));
+                });
             }
             Err(error) => {
                 if let Some(entry) = self.containers.remove(id) {
                     self.pin_without(&entry.record.spec.cpuset).await;
                 }
                 self.publish();
+                drop(ticket);
+                if let Some(subject) = subject.filter(|_| had_ticket) {
+                    self.tell_gone(subject);
+                }
                 if let Some(live) = self.live.clone() {
                     let id = id.clone();
                     self.spawn_work(async move {
@@ -399,15 +420,15 @@ impl Actor {
             return;
         };
         let reply = entry.starting.take();
-        let result = match result {
+        let error = match result {
             Ok(started) => {
                 let Started { reply: told, log } = *started;
                 entry.log = Some(log);
                 entry.record.user = Some(container::user(&told));
                 let at = container::start_time(&told);
                 self.advance(id, Event::Started { at }).await;
-                self.watch(id);
-                Ok(())
+                self.publish();
+                return self.tell_started(id, reply);
             }
             Err(error) => {
                 let message = error.chain();
@@ -419,16 +440,22 @@ impl Actor {
                     },
                 )
                 .await;
-                Err(error)
+                error
             }
         };
         self.publish();
-        if let Some(reply) = reply {
-            answer(reply, result);
-        }
+        self.tell_then(id, Moment::Ended, move || {
+            if let Some(reply) = reply {
+                answer(reply, Err(error));
+            }
+        });
     }
 
-    async fn removed(&mut self, id: &ContainerId, mut result: Result<(), SandboxError>) {
+    async fn removed(&mut self, id: &ContainerId, result: Result<Ticket, SandboxError>) {
+        let (mut result, ticket) = match result {
+            Ok(ticket) => (Ok(()), Some(ticket)),
+            Err(error) => (Err(error), None),
+        };
         if result.is_ok() {
             // Here and not in the task: the exit that removal brings about may be written meanwhile.
             result = self.node.journal.delete_container(&self.record.id, id).await;
@@ -460,6 +487,7 @@ impl Actor {
             });
         }
         self.publish();
+        drop(ticket);
         let result = result.map_err(Arc::new);
         waiting
             .into_iter()
@@ -500,6 +528,7 @@ impl Actor {
         let now = SystemTime::now();
         let ids: Vec<_> = self.containers.keys().cloned().collect();
         for id in ids {
+            let subject = self.subject_of(&id);
             let Some(entry) = self.containers.get_mut(&id) else {
                 continue;
             };
@@ -521,6 +550,9 @@ impl Actor {
             if created_only {
                 entry.step(Event::MakeFailed);
                 self.containers.remove(&id);
+                if let Some(subject) = subject {
+                    self.tell_gone(subject);
+                }
             } else {
                 let persist = entry.step(Event::Ended(exit)).contains(&Effect::Persist);
                 entry.record.phase = phase(&entry.state);
@@ -529,6 +561,10 @@ impl Actor {
                     && let Err(error) = self.persist(&id).await
                 {
                     tracing::error!(container.id = %id.0, error = %error.chain(), "state of the container is not on disk");
+                }
+                // When the pod is stopped, hooks hear of it once its VM is gone.
+                if matches!(fate, Fate::Lost(_)) {
+                    self.tell_then(&id, Moment::Ended, || {});
                 }
             }
             creating
@@ -562,16 +598,22 @@ impl Actor {
         self.containers
             .values()
             .filter_map(|entry| {
-                Some(ContainerView {
-                    id: entry.record.id.clone(),
-                    sandbox_id: self.record.id.clone(),
-                    spec: entry.record.spec.clone(),
-                    state: self.shown(entry.state.shown())?,
-                    created_at: entry.record.created_at,
-                    log_path: entry.record.spec.log_file(&self.record.spec.log_directory),
-                    user: entry.record.user.clone(),
-                })
+                let state = self.shown(entry.state.shown())?;
+                Some(self.view_of(entry, state))
             })
             .collect()
+    }
+
+    /// A container; `otherwise` when it is in no state that is shown.
+    pub(crate) fn view_of(&self, entry: &Entry, otherwise: ContainerState) -> ContainerView {
+        ContainerView {
+            id: entry.record.id.clone(),
+            sandbox_id: self.record.id.clone(),
+            spec: entry.record.spec.clone(),
+            state: self.shown(entry.state.shown()).unwrap_or(otherwise),
+            created_at: entry.record.created_at,
+            log_path: entry.record.spec.log_file(&self.record.spec.log_directory),
+            user: entry.record.user.clone(),
+        }
     }
 }

@@ -14,11 +14,12 @@ use crate::{
     ContainerId, SandboxError,
     container::Started,
     guest,
+    hooks::Ticket,
     journal::{ContainerPhase, ContainerRecord},
     limits::LimitChange,
     reach::Reached,
     registry::Reply,
-    spec::PodLimits,
+    spec::{ContainerSpec, PodLimits},
     view::ContainerState,
 };
 
@@ -26,11 +27,16 @@ use crate::{
 pub(crate) enum Work {
     Made {
         id: ContainerId,
-        result: Result<(), SandboxError>,
+        made: Made,
     },
     Started {
         id: ContainerId,
         result: Result<Box<Started>, SandboxError>,
+    },
+    /// Hooks have heard that it runs.
+    Announced {
+        id: ContainerId,
+        reply: Option<Reply<()>>,
     },
     Ended {
         id: ContainerId,
@@ -38,10 +44,13 @@ pub(crate) enum Work {
     },
     StopDone {
         id: ContainerId,
+        result: Result<(), SandboxError>,
+        reply: Reply<()>,
     },
     Removed {
         id: ContainerId,
-        result: Result<(), SandboxError>,
+        /// The ticket is held until nobody sees it any more.
+        result: Result<Ticket, SandboxError>,
     },
     Updated {
         id: ContainerId,
@@ -64,6 +73,14 @@ pub(crate) enum Work {
     },
     /// It has answered its caller itself.
     Answered,
+}
+
+/// How the making of a container ended.
+pub(crate) struct Made {
+    /// As hooks want it; absent when they do not.
+    pub(crate) spec: Option<Box<ContainerSpec>>,
+    /// The ticket is held until it is listed.
+    pub(crate) result: Result<Ticket, SandboxError>,
 }
 
 /// How containers end with their pod.

@@ -9,6 +9,8 @@ use caisson_hypervisor::HypervisorError;
 use caisson_lifecycle::sizing::SizeError;
 use caisson_net::{NetError, NetErrorKind};
 
+use crate::hooks::HookError;
+
 /// Why a call on a pod or container failed. The text says what was tried on what; the chain of sources has the cause.
 ///
 /// More variants than a small crate should have: each is one [`ErrorKind`] with the words that only it needs.
@@ -91,6 +93,15 @@ pub enum SandboxError {
         /// The cause.
         #[source]
         source: GuestError,
+    },
+    /// Somebody who has a say in it does not let it go on.
+    #[error("cannot {what}")]
+    Hook {
+        /// What was tried on what.
+        what: String,
+        /// The cause.
+        #[source]
+        source: HookError,
     },
     /// A command ran longer than its timeout and was killed.
     #[error("command in container {id} timed out after {limit:?}")]
@@ -252,7 +263,8 @@ impl SandboxError {
             },
             Self::Io { source, .. } => io_kind(source),
             Self::Network { source, .. } => network_kind(source),
-            Self::VmDied { .. }
+            Self::Hook { .. }
+            | Self::VmDied { .. }
             | Self::Record { .. }
             | Self::CleanUp { .. }
             | Self::Program { .. }

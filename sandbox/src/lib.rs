@@ -5,6 +5,7 @@
 //! (it has the port), or how CNI is called (it has `caisson-net`).
 
 mod actor;
+mod announce;
 mod boot;
 mod cgroup;
 mod charged;
@@ -18,6 +19,7 @@ mod error;
 pub mod events;
 mod files;
 mod grow;
+pub mod hooks;
 mod identity;
 mod journal;
 pub mod limits;
@@ -141,6 +143,16 @@ impl Sandboxes {
         hypervisor: Arc<dyn Hypervisor>,
         network: Arc<dyn PodNetworks>,
     ) -> Result<Self, SandboxError> {
+        Self::open_with_hooks(config, hypervisor, network, Arc::new(hooks::NoHooks)).await
+    }
+
+    /// The same, with somebody who has a say in what happens to pods.
+    pub async fn open_with_hooks(
+        config: SandboxesConfig,
+        hypervisor: Arc<dyn Hypervisor>,
+        network: Arc<dyn PodNetworks>,
+        hooks: Arc<dyn hooks::PodHooks>,
+    ) -> Result<Self, SandboxError> {
         let (root, run) = (config.root.clone(), config.run.clone());
         let (journal, cgroups) = journal::blocking(move || {
             journal::private_dir(&run.join("vm"))?;
@@ -154,6 +166,7 @@ impl Sandboxes {
             config,
             hypervisor,
             network,
+            hooks,
             journal,
             cgroups,
             listeners: events::Listeners::default(),

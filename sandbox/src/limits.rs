@@ -36,7 +36,8 @@ pub struct LimitChange {
 
 impl LimitChange {
     /// The limits after it. Who has a limit of memory and swap together keeps as much swap as before when only memory changes.
-    pub(crate) fn apply(&self, before: &guest::Resources) -> guest::Resources {
+    #[must_use]
+    pub fn apply(&self, before: &guest::Resources) -> guest::Resources {
         let mut after = before.clone();
         set(&mut after.cpu_quota_micros, self.cpu_quota_micros);
         set(&mut after.cpu_period_micros, self.cpu_period_micros);

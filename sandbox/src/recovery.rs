@@ -109,7 +109,7 @@ async fn pod(node: &Arc<Node>, id: SandboxId) -> Option<Recovered> {
     let mut undo = UndoStack::full(&record);
     let mut remains = match record.phase {
         PodPhase::Booting => {
-            let failures = undo.unwind(node, &record, None, true).await;
+            let failures = undo.unwind(node, &record, None, true, None).await;
             if failures.is_empty() {
                 tracing::info!(sandbox.id = %id.0, "unfinished boot rolled back");
                 return None;

@@ -7,12 +7,14 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use caisson_hypervisor::Vm;
+use tokio::sync::watch;
 
 use crate::{
     SandboxError,
     cgroup::{self, Place},
     journal::{PodRecord, absent_is_fine, blocking},
     registry::Node,
+    view::{ContainerView, SandboxView},
 };
 
 /// Something taken of the host.
@@ -37,6 +39,21 @@ pub(crate) enum Undo {
 /// What must be undone, last first.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct UndoStack(Vec<Undo>);
+
+/// A pod and its containers as they are shown once they have ended.
+pub(crate) struct Farewell {
+    pub(crate) pod: SandboxView,
+    pub(crate) containers: Vec<ContainerView>,
+}
+
+/// A farewell that the actor has promised.
+pub(crate) type Promised = watch::Receiver<Option<Arc<Farewell>>>;
+
+/// The farewell, unless the actor has gone.
+pub(crate) async fn kept(promised: &mut Promised) -> Option<Arc<Farewell>> {
+    let farewell = promised.wait_for(Option::is_some).await.ok()?;
+    farewell.clone()
+}
 
 impl UndoStack {
     /// Only the record: a pod that has been stopped, or not booted yet.
@@ -63,12 +80,15 @@ impl UndoStack {
     }
 
     /// Undoes everything, the record only when `deep` and when all else worked. Answers what failed.
+    ///
+    /// `farewell`: how hooks are told of the pod once its VM is gone; waited for until then.
     pub(crate) async fn unwind(
         &mut self,
         node: &Node,
         record: &PodRecord,
         vm: Option<&Arc<dyn Vm>>,
         deep: bool,
+        mut farewell: Option<&mut Promised>,
     ) -> Vec<SandboxError> {
         let (mut failures, mut left) = (Vec::new(), Vec::new());
         while let Some(undo) = self.0.pop() {
@@ -79,7 +99,13 @@ impl UndoStack {
             if let Err(error) = undo.run(node, record, vm).await {
                 tracing::warn!(sandbox.id = %record.id.0, step = ?undo, error = %error.chain(), "clean-up failed");
                 failures.push(error);
-                left.push(undo);
+                left.push(undo.clone());
+            }
+            if undo == Undo::Vm
+                && let Some(promised) = farewell.as_deref_mut()
+                && let Some(farewell) = kept(promised).await
+            {
+                node.hooks.stop_pod(&farewell.pod, &farewell.containers).await;
             }
         }
         left.reverse();

@@ -5,6 +5,7 @@
 
 mod cgroup_driver;
 mod files;
+mod nri;
 mod reader;
 mod signatures;
 
@@ -26,6 +27,7 @@ use serde_json::json;
 
 pub use cgroup_driver::CgroupDriver;
 pub use files::Merged;
+pub use nri::DEFAULT_SOCKET as DEFAULT_NRI_SOCKET;
 use reader::Section;
 
 /// Where the configuration is looked for when no flag names a file.
@@ -59,6 +61,8 @@ pub struct Config {
     pub images: ImageStoreConfig,
     /// The server of exec, attach and port-forward.
     pub streaming: StreamingConfig,
+    /// Plugins of the Node Resource Interface; `None`: switched off.
+    pub nri: Option<caisson_nri::Settings>,
 }
 
 /// The daemon itself.
@@ -186,6 +190,9 @@ pub struct Overrides {
     /// Registry (host:port) that is spoken to over plain HTTP; may be repeated
     #[arg(long, value_name = "HOST:PORT", global = true)]
     pub insecure_registry: Vec<String>,
+    /// Socket where NRI plugins connect [default: /var/run/nri/nri.sock]
+    #[arg(long, value_name = "PATH", global = true)]
+    pub nri_socket: Option<PathBuf>,
     /// Driver that runs the VMs: auto, builtin or qemu [default: auto]
     #[arg(long, value_name = "DRIVER", global = true)]
     pub hypervisor: Option<String>,
@@ -208,6 +215,7 @@ impl Overrides {
             ("network.conf_dir", "--cni-conf-dir", &self.cni_conf_dir),
             ("guest.kernel", "--kernel", &self.kernel),
             ("guest.initramfs", "--initramfs", &self.initramfs),
+            ("nri.socket", "--nri-socket", &self.nri_socket),
         ];
         for (key, flag, value) in paths {
             if let Some(path) = value {
@@ -258,6 +266,7 @@ impl Config {
         let network = network(&mut top, &daemon);
         let images = images(&mut top, &daemon);
         let streaming = streaming(&mut top);
+        let nri = nri::nri(&mut top);
         let problems = top.finish();
         if !problems.is_empty() {
             return Err(ConfigProblems(problems));
@@ -270,6 +279,7 @@ impl Config {
             network,
             images,
             streaming,
+            nri,
         })
     }
 
@@ -332,6 +342,7 @@ impl Config {
             "signatureRules": self.images.signatures.keys().collect::<Vec<_>>(),
             "streamingListen": self.streaming.listen.to_string(),
             "streamingTls": self.streaming.tls.is_some(),
+            "nri": nri::summary(self.nri.as_ref()),
             "streamingIdleTimeoutSeconds": self.streaming.idle_timeout.as_secs(),
         })
     }
@@ -526,6 +537,14 @@ mod tests {
         assert_eq!(config.network.netns_dir, Path::new("/run/caisson/netns"));
         assert_eq!(config.streaming.listen.to_string(), "127.0.0.1:0");
         assert_eq!(config.streaming.tls, None);
+        let nri = config.nri.unwrap();
+        assert_eq!(nri.socket.as_deref(), Some(Path::new(DEFAULT_NRI_SOCKET)));
+        assert_eq!(nri.plugin_dir.as_deref(), Some(Path::new("/opt/nri/plugins")));
+        assert_eq!(nri.plugin_config_dir, Path::new("/etc/nri/conf.d"));
+        assert_eq!(
+            (nri.registration_timeout.as_secs(), nri.request_timeout.as_secs()),
+            (5, 2)
+        );
         assert_eq!(
             config.network.plugin_dirs,
             [Path::new("/opt/cni/bin"), Path::new("/usr/lib/cni")]

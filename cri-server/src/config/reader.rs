@@ -197,6 +197,17 @@ impl Section {
         Duration::from_secs(self.number(key, default, range))
     }
 
+    pub(super) fn flag(&mut self, key: &str, default: bool) -> bool {
+        match self.table.remove(key) {
+            None => default,
+            Some(Value::Boolean(value)) => value,
+            Some(other) => {
+                self.wrong(key, "true or false", &other);
+                default
+            }
+        }
+    }
+
     /// One of a few words; the first is the default.
     pub(super) fn choice<T: Copy>(&mut self, key: &str, words: &[(&str, T)]) -> T {
         let text = self.text(key);

@@ -3,6 +3,7 @@
 
 use caisson_cri_api::v1;
 use caisson_sandbox::limits::PodLimitChange;
+use tracing::Instrument;
 
 use super::service::id;
 use crate::{
@@ -31,6 +32,19 @@ pub(super) async fn handle(
         "cpusets are those of the pod: the VM has none of its own",
     );
     let change = refusals.settle(change)?;
-    runtime.sandboxes.resize(sandbox, change).await?;
+    let (runtime, sandbox) = (runtime.clone(), sandbox.to_owned());
+    let update = async move {
+        if let Some(nri) = &runtime.nri {
+            nri.update_pod(&runtime.sandboxes, &request).await?;
+        }
+        runtime.sandboxes.resize(&sandbox, change).await?;
+        if let Some(nri) = &runtime.nri {
+            nri.pod_updated(&runtime.sandboxes, &sandbox).await;
+        }
+        Ok::<_, RpcError>(())
+    };
+    tokio::spawn(update.in_current_span())
+        .await
+        .map_err(|_| RpcError::TaskLost("update a pod sandbox"))??;
     Ok(v1::UpdatePodSandboxResourcesResponse {})
 }

@@ -3,6 +3,7 @@
 //!
 //! Pure but for mounts and seccomp profiles, which look at the host paths that they name.
 
+mod adjustment;
 mod capabilities;
 mod container;
 mod credentials;
@@ -11,6 +12,7 @@ mod image_mounts;
 mod mounts;
 mod namespaces;
 mod network;
+pub(crate) mod nri_limits;
 mod pod;
 mod process;
 mod refusals;
@@ -19,6 +21,7 @@ mod seccomp;
 mod security;
 mod signals;
 
+pub use adjustment::adjusted;
 pub use container::container_spec;
 pub use credentials::credentials;
 pub use image_mounts::{MountImages, mounted_images};

@@ -23,7 +23,11 @@ use std::{
 use async_trait::async_trait;
 use caisson_hypervisor::{Disk, Hypervisor, HypervisorError, Vm, VmExit, VmGrowth, VmRecord, VmSpec};
 use caisson_net::{GuestInterface, NetError, PodNetwork, PodNetworkSpec};
-use caisson_sandbox::{PodNetworks, SandboxError, SandboxId, Sandboxes, SandboxesConfig, guest, spec};
+use caisson_sandbox::{
+    PodNetworks, SandboxError, SandboxId, Sandboxes, SandboxesConfig, guest,
+    hooks::{NoHooks, PodHooks},
+    spec,
+};
 use tokio::{sync::watch, task::JoinSet};
 
 use agent::Guest;
@@ -318,6 +322,9 @@ impl Node {
         logs
     }
     pub async fn open(&self) -> Sandboxes {
+        self.open_with_hooks(Arc::new(NoHooks)).await
+    }
+    pub async fn open_with_hooks(&self, hooks: Arc<dyn PodHooks>) -> Sandboxes {
         let config = SandboxesConfig {
             root: self.root(),
             run: self.dir.path().join("run"),
@@ -337,7 +344,8 @@ impl Node {
             boot_deadline: self.boot_deadline,
             agent_deadline: self.agent_deadline,
         };
-        Sandboxes::open(config, Arc::new(self.host.clone()), Arc::new(self.host.clone()))
+        let (hypervisor, network) = (Arc::new(self.host.clone()), Arc::new(self.host.clone()));
+        Sandboxes::open_with_hooks(config, hypervisor, network, hooks)
             .await
             .unwrap()
     }

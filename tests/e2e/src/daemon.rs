@@ -69,6 +69,9 @@ impl Daemon {
             path("run"),
             "--listen".into(),
             path("run/caisson.sock"),
+            // The host's own would be shared by all tests.
+            "--nri-socket".into(),
+            path("run/nri.sock"),
             "--cni-conf-dir".into(),
             host.cni_conf_dir().display().to_string(),
             "--cni-bin-dir".into(),
@@ -97,6 +100,12 @@ impl Daemon {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.dir.join("run/caisson.sock")
+    }
+
+    /// The socket where NRI plugins connect.
+    #[must_use]
+    pub fn nri_socket(&self) -> PathBuf {
+        self.dir.join("run/nri.sock")
     }
 
     /// Process id.

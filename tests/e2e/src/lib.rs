@@ -14,6 +14,7 @@ pub mod host;
 pub mod image;
 pub mod kubelet;
 pub mod node;
+pub mod nri_plugin;
 pub mod registry;
 pub mod tls_front;
 
