@@ -137,7 +137,11 @@ fn linux(spec: &ContainerSpec, process: &guest::Process) -> LinuxContainer {
                 path: String::new(),
             })
             .collect(),
-        resources: spec.guest.resources.as_ref().map(nri_limits::from_guest),
+        resources: spec
+            .guest
+            .resources
+            .as_ref()
+            .map(|resources| nri_limits::from_guest(resources, &spec.cpuset)),
         oom_score_adj: Some(OptionalInt {
             value: process.oom_score_adj.into(),
         }),

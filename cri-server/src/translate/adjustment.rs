@@ -44,6 +44,17 @@ pub fn adjusted(mut spec: ContainerSpec, wanted: &ContainerAdjustment) -> Result
         }
         if let Some(resources) = &linux.resources {
             let change = nri_limits::change(resources, "adjust.linux.resources", &mut refusals);
+            // VMs are pinned before a container is made; afterwards an update can change it.
+            for (list, name) in [
+                (&change.cpuset.cpus, "cpuset_cpus"),
+                (&change.cpuset.mems, "cpuset_mems"),
+            ] {
+                refusals.add_if(
+                    !list.is_empty(),
+                    &format!("adjust.linux.resources.{name}"),
+                    "can be asked for by an update only",
+                );
+            }
             let before = spec.guest.resources.take().unwrap_or_default();
             spec.guest.resources = Some(change.apply(&before));
         }

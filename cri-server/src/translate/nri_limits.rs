@@ -4,7 +4,7 @@ use caisson_cri_api::v1;
 use caisson_nri::v1alpha1::{
     HugepageLimit, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, OptionalInt64, OptionalUInt64,
 };
-use caisson_sandbox::{guest, limits::LimitChange};
+use caisson_sandbox::{cpuset::Cpuset, guest, limits::LimitChange};
 
 use super::{Refusals, resources};
 
@@ -137,12 +137,12 @@ pub(crate) fn from_cri(cri: &v1::LinuxContainerResources) -> LinuxResources {
 }
 
 /// What a container has, as plugins are told.
-pub(crate) fn from_guest(resources: &guest::Resources) -> LinuxResources {
+pub(crate) fn from_guest(resources: &guest::Resources, cpuset: &Cpuset) -> LinuxResources {
     let pids = i64::try_from(resources.pids_limit)
         .ok()
         .filter(|limit| *limit > 0);
     LinuxResources {
         pids: pids.map(|limit| LinuxPids { limit }),
-        ..from_cri(&resources::answered(resources, 0))
+        ..from_cri(&resources::answered(resources, 0, cpuset))
     }
 }

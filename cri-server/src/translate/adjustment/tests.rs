@@ -46,6 +46,7 @@ fn spec() -> ContainerSpec {
         stop_signal: 15,
         image_volumes: Vec::new(),
         mounts: Vec::new(),
+        cpuset: caisson_sandbox::cpuset::Cpuset::default(),
     }
 }
 
