@@ -15,7 +15,7 @@ use caisson_nri::{
 use caisson_sandbox::{guest, spec::ContainerSpec};
 use serde_json::json;
 
-use super::{Refusals, disks, mounts, nri_limits};
+use super::{Refusals, devices, mounts, nri_limits};
 use crate::status::chain;
 
 /// `spec` as plugins want it.
@@ -58,7 +58,7 @@ pub fn adjusted(mut spec: ContainerSpec, wanted: &ContainerAdjustment) -> Result
             let before = spec.guest.resources.take().unwrap_or_default();
             spec.guest.resources = Some(change.apply(&before));
         }
-        devices(&mut spec, &linux.devices, &mut refusals);
+        adjust_devices(&mut spec, &linux.devices, &mut refusals);
     }
     spec.guest.process = Some(process);
     refusals.settle(spec)
@@ -358,10 +358,13 @@ fn size_bytes(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("option size={text} is not a size"))
 }
 
-fn devices(spec: &mut ContainerSpec, wanted: &[LinuxDevice], refusals: &mut Refusals) {
+fn adjust_devices(spec: &mut ContainerSpec, wanted: &[LinuxDevice], refusals: &mut Refusals) {
     for device in wanted {
         let path = removal(&device.path).unwrap_or(&device.path);
         spec.disks.retain(|disk| !same(&disk.container_path, path));
+        spec.guest
+            .character_devices
+            .retain(|device| !same(&device.path, path));
         if removal(&device.path).is_some() {
             continue;
         }
@@ -383,7 +386,9 @@ fn devices(spec: &mut ContainerSpec, wanted: &[LinuxDevice], refusals: &mut Refu
             permissions: "rwm".into(),
         };
         let mut found = Refusals::default();
-        spec.disks.extend(disks::disks(&[asked], &mut found));
+        let made = devices::devices(&[asked], &mut found);
+        spec.disks.extend(made.disks);
+        spec.guest.character_devices.extend(made.character);
         for refusal in found.list() {
             refusals.add(field.clone(), refusal.reason.clone());
         }

@@ -226,10 +226,10 @@ fn a_seccomp_policy_becomes_the_containers_filter() {
 #[test]
 fn what_a_vm_cannot_do_is_refused_by_its_name_and_all_at_once() {
     let device = LinuxDevice {
-        path: "/dev/null".into(),
+        path: "/dev/absent".into(),
         r#type: "c".into(),
-        major: 1,
-        minor: 3,
+        major: 250,
+        minor: 9,
         ..Default::default()
     };
     let mut wanted = linux(LinuxContainerAdjustment {
