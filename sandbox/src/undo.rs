@@ -151,9 +151,10 @@ impl Undo {
             Self::Cgroup(leaf) => cgroup::remove(leaf).await,
             Self::Cpuset => {
                 let parent = record.spec.cgroup_parent.as_deref();
-                match node.cgroups.place(record.cgroup.as_deref(), parent, id)? {
-                    Place::Legacy(leaf) => cgroup::remove_legacy(&leaf).await,
-                    Place::Unified { .. } | Place::Nowhere => Ok(()),
+                match node.cgroups.place(record.cgroup.as_deref(), parent, id) {
+                    Ok(Place::Legacy(leaf)) => cgroup::remove_legacy(&leaf).await,
+                    // Below a parent that names no group, nothing can have been made.
+                    Ok(Place::Unified { .. } | Place::Nowhere) | Err(_) => Ok(()),
                 }
             }
             Self::Vm => {
