@@ -537,7 +537,7 @@ mod tests {
         assert_eq!(config.network.netns_dir, Path::new("/run/caisson/netns"));
         assert_eq!(config.streaming.listen.to_string(), "127.0.0.1:0");
         assert_eq!(config.streaming.tls, None);
-        let nri = config.nri.unwrap();
+        let nri = config.nri.as_ref().unwrap();
         assert_eq!(nri.socket.as_deref(), Some(Path::new(DEFAULT_NRI_SOCKET)));
         assert_eq!(nri.plugin_dir.as_deref(), Some(Path::new("/opt/nri/plugins")));
         assert_eq!(nri.plugin_config_dir, Path::new("/etc/nri/conf.d"));

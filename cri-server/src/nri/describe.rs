@@ -185,6 +185,7 @@ fn mount(record: &MountRecord) -> Mount {
     let propagation = match record.propagation {
         Propagation::Private => "rprivate",
         Propagation::Slave => "rslave",
+        Propagation::Shared => "rshared",
     };
     Mount {
         destination: record.container_path.clone(),

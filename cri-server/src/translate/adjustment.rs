@@ -341,6 +341,7 @@ fn tmpfs(mount: &Mount) -> Result<guest::Mount, String> {
         destination: inside.clone(),
         readonly,
         source: Some(guest::mount::Source::Tmpfs(source)),
+        ..Default::default()
     })
 }
 
