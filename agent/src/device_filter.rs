@@ -86,7 +86,7 @@ fn program(own: &[Allowed]) -> Vec<Instruction> {
     ];
     for device in own {
         let kind = if device.block { BLOCK } else { CHARACTER };
-        let denied = i32::from(!device.read) * READ | i32::from(!device.write) * WRITE;
+        let denied = (i32::from(!device.read) * READ) | (i32::from(!device.write) * WRITE);
         code.push(op(JUMP_NOT_EQUAL, 3, 0, 4, kind));
         code.push(op(JUMP_NOT_EQUAL, 4, 0, 3, device.major.cast_signed()));
         code.push(op(JUMP_NOT_EQUAL, 5, 0, 2, device.minor.cast_signed()));

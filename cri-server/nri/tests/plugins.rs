@@ -263,7 +263,8 @@ async fn a_plugin_that_breaks_the_protocol_or_goes_in_the_middle_of_a_call_is_ou
         bytes.extend([0xff, 0xff]);
         bytes
     };
-    let ways: [(&str, fn(&[u8]) -> Answer, Vec<u8>); 7] = [
+    type Way = fn(&[u8]) -> Answer;
+    let ways: [(&str, Way, Vec<u8>); 7] = [
         ("hang-up", |_| Answer::Hangup, vec![]),
         (
             "frame too large",

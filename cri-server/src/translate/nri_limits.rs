@@ -20,7 +20,7 @@ pub(crate) fn to_cri(
     refusals: &mut Refusals,
 ) -> v1::LinuxContainerResources {
     impossible(wanted, field, refusals);
-    let memory = wanted.memory.clone().unwrap_or_default();
+    let memory = wanted.memory.unwrap_or_default();
     let cpu = wanted.cpu.clone().unwrap_or_default();
     let mut amount = |name: &str, value: Option<OptionalUInt64>| {
         let value = value.map_or(0, |value| value.value);
@@ -67,7 +67,7 @@ pub(crate) fn to_cri(
 }
 
 fn impossible(wanted: &LinuxResources, field: &str, refusals: &mut Refusals) {
-    let memory = wanted.memory.clone().unwrap_or_default();
+    let memory = wanted.memory.unwrap_or_default();
     let cpu = wanted.cpu.clone().unwrap_or_default();
     let old = "is of cgroup v1, and the guest has v2";
     let class = "classes are the host's, whose threads are the VM's and not the container's";

@@ -128,10 +128,9 @@ impl Kubelet {
     pub fn pod(&self, name: &str) -> Result<Option<Value>> {
         let full = pod_name(name);
         let pods: Value = serde_json::from_str(&get(&read_only("/pods"))?)?;
-        let items = pods["items"].as_array().into_iter().flatten();
+        let mut items = pods["items"].as_array().into_iter().flatten();
         Ok(items
-            .filter(|pod| pod["metadata"]["name"] == full.as_str())
-            .next_back()
+            .rfind(|pod| pod["metadata"]["name"] == full.as_str())
             .cloned())
     }
 
@@ -185,10 +184,9 @@ impl Kubelet {
     pub fn summary(&self, pod: &str) -> Result<Option<Value>> {
         let full = pod_name(pod);
         let summary: Value = serde_json::from_str(&get(&read_only("/stats/summary"))?)?;
-        let pods = summary["pods"].as_array().into_iter().flatten();
+        let mut pods = summary["pods"].as_array().into_iter().flatten();
         Ok(pods
-            .filter(|stats| stats["podRef"]["name"] == full.as_str())
-            .next_back()
+            .rfind(|stats| stats["podRef"]["name"] == full.as_str())
             .cloned())
     }
 

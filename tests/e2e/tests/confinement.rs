@@ -157,7 +157,7 @@ fn a_user_namespace_makes_root_of_the_pod_nobody_in_the_guest() -> Result<()> {
             namespace_options: Some(cri::NamespaceOption {
                 userns_options: Some(cri::UserNamespace {
                     mode: cri::NamespaceMode::Pod.into(),
-                    uids: vec![line.clone()],
+                    uids: vec![line],
                     gids: vec![line],
                 }),
                 ..Default::default()

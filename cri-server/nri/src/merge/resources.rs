@@ -5,7 +5,7 @@ use crate::v1alpha1::{Field, LinuxCpu, LinuxMemory, LinuxResources};
 
 /// Everything that is set.
 pub(super) fn parts(resources: &LinuxResources) -> Vec<Part> {
-    let memory = resources.memory.clone().unwrap_or_default();
+    let memory = resources.memory.unwrap_or_default();
     let cpu = resources.cpu.clone().unwrap_or_default();
     let simple = [
         (memory.limit.is_some(), Field::MemLimit),

@@ -81,9 +81,12 @@ pub fn reply(message: &impl prost::Message) -> Answer {
 
 pub type Script = Box<dyn FnMut(&str, &[u8]) -> Answer + Send>;
 
+/// What a plugin was asked, in order: method and body.
+pub type Calls = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
+
 /// A plugin that is connected.
 pub struct Fake {
-    pub calls: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+    pub calls: Calls,
     writer: Arc<tokio::sync::Mutex<OwnedWriteHalf>>,
     answers: mpsc::UnboundedReceiver<(u32, Response)>,
     task: JoinHandle<()>,
