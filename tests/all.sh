@@ -31,7 +31,9 @@ stage 'guest, tuned kernel' make -s guest-tuned
 stage 'lints' make -s check
 stage 'unit and component tests' make -s unit
 stage 'fuzzing, 20 s each' ./fuzz/run.sh 20
-stage 'crictl' make -s crictl
+stage 'peers' make -s crictl kubelet nri-plugin
 stage 'end to end, distribution kernel' make -s e2e
 stage 'end to end, tuned kernel' make -s e2e-tuned
+stage 'critest' make -s critest
+stage 'kubelet' make -s e2e-kubelet
 finish

@@ -132,7 +132,15 @@ impl Host {
         let own = |path: &String| {
             let name = path.rsplit('/').next().unwrap_or_default();
             name.starts_with("last_reserved_ip")
-                || ["pod-cidr", "lock", "caissond.lock", "caisson.sock", "index.redb"].contains(&name)
+                || [
+                    "pod-cidr",
+                    "lock",
+                    "caissond.lock",
+                    "caisson.sock",
+                    "nri.sock",
+                    "index.redb",
+                ]
+                .contains(&name)
                 || path.contains("/root/images/images/")
                 || path.contains("/templates/")
         };
