@@ -13,7 +13,8 @@ use crate::{config::Overrides, image_command::ImageCommand};
     version,
     about = "Kubernetes node daemon that runs every pod as a microVM",
     long_about = "caissond serves the Container Runtime Interface (CRI, runtime.v1) on a Unix socket. Each pod sandbox is one \
-                  microVM; its containers run inside. It needs root, a CNI configuration, QEMU, and the guest kernel and initramfs.",
+                  microVM; its containers run inside. It needs root, a CNI configuration, the guest kernel and initramfs, and a \
+                  CPU that KVM can use (for the VMM of its own) or else QEMU.",
     after_long_help = EXAMPLES
 )]
 pub struct Cli {
@@ -83,6 +84,9 @@ Configuration file (TOML; every key may be left out):
                 hosts_dirs = [\"/etc/containerd/certs.d\", \"/etc/docker/certs.d\"], auth_files = []
   [images.mirrors]  \"registry.k8s.io\" = [\"mirror.example:5000\"]
   [images.signatures.\"registry.example/team\"]  policy = \"accept\"|\"reject\"|\"cosign\", keys = []
+  [streaming]   listen = \"127.0.0.1:0\", tls_cert_file, tls_key_file, idle_timeout_seconds = 14400
+  [nri]         enabled = true, connections = true, socket = \"/var/run/nri/nri.sock\", plugin_dir = \"/opt/nri/plugins\",
+                plugin_config_dir = \"/etc/nri/conf.d\", registration_timeout_seconds = 5, request_timeout_seconds = 2
 ";
 
 #[cfg(test)]
@@ -108,13 +112,30 @@ mod tests {
     #[test]
     fn the_help_names_every_key_of_the_configuration() {
         let help = Cli::command().render_long_help().to_string();
-        for key in [
-            "boot_deadline_seconds",
-            "insecure_registries",
-            "vsock_backend",
-            "netns_dir",
-        ] {
-            assert!(help.contains(key), "{key}");
+        // Whose examples are read as configurations by the tests of the configuration.
+        let pages = [
+            include_str!("../../docs/configure.md"),
+            include_str!("../../docs/nri.md"),
+        ];
+        let mut keys = 0;
+        for page in pages {
+            let example = page.split("```").nth(1).unwrap_or_default();
+            for line in example.lines() {
+                let line = line.strip_prefix("# ").unwrap_or(line);
+                let word = match line.split_once(" = ") {
+                    Some((key, _)) if !key.starts_with('"') => key.to_owned(),
+                    _ => match line
+                        .strip_prefix('[')
+                        .and_then(|rest| rest.split([']', '.']).next())
+                    {
+                        Some(section) => format!("[{section}"),
+                        None => continue,
+                    },
+                };
+                keys += 1;
+                assert!(help.contains(&word), "{word} is not in the help");
+            }
         }
+        assert!(keys > 50, "{keys}");
     }
 }

@@ -175,6 +175,12 @@ fn confined_user(pid: &str, network_of_daemon: &std::path::Path) -> Result<u32> 
     ] {
         ensure!(status.contains(line), "{pid}: {line:?} is not in {status}");
     }
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits"))?;
+    let cores = limits.lines().find(|line| line.starts_with("Max core file size"));
+    ensure!(
+        cores.is_some_and(|line| line.split_whitespace().skip(4).take(2).all(|limit| limit == "0")),
+        "process {pid} may leave its memory in a file: {cores:?}"
+    );
     ensure!(
         fs::read_link(format!("/proc/{pid}/ns/net"))? != network_of_daemon,
         "process {pid} is in the daemon's network namespace"

@@ -274,7 +274,7 @@ fn cold_disk(words: &mut Words, index: u32, disk: &DiskPlan<'_>) {
     words.option(
         "-device",
         format!(
-            "virtio-blk-pci,id=cold{index},drive=coldnode{index},serial={},disable-legacy=on,romfile=",
+            "virtio-blk-pci,id=cold{index},drive=coldnode{index},serial={},disable-legacy=on,werror=report,rerror=report,romfile=",
             disk.serial
         ),
     );

@@ -160,6 +160,9 @@ async fn plug(
         "drive": names.node,
         "serial": disk.serial,
         "disable-legacy": "on",
+        // By itself QEMU stops the whole VM when the host's disk is full, and nobody would let it go on.
+        "werror": "report",
+        "rerror": "report",
     });
     session
         .execute("device_add", device)

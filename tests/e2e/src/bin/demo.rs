@@ -238,5 +238,6 @@ fn fetch(ip: &str) -> Result<String> {
 const HOW_TO_GO_ON: &str = "\
 To go on by hand with crictl (README, \"A pod by hand\"):
   make crictl                      # builds crictl into ~/.cache/caisson/bin
-  make run                         # caissond in the foreground, state below /tmp/caisson
-  ~/.cache/caisson/bin/crictl -r unix:///tmp/caisson/run/caisson.sock info";
+  make registry                    # in a terminal of its own: images for it
+  make run                         # in another: caissond in the foreground, state below /tmp/caisson
+  ~/.cache/caisson/bin/crictl -r unix:///tmp/caisson/run/caisson.sock -t 60s info";
