@@ -3,6 +3,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+# Before half an hour of other stages.
+for program in cargo go; do
+    command -v "$program" >/dev/null || { echo "tests: $program is missing: docs/development.md says what is needed" >&2; exit 1; }
+done
+
 started=$SECONDS
 declare -a report
 finish() {
