@@ -22,5 +22,5 @@ cat >"$dir/cni/10-caisson.conflist" <<CONFLIST
 CONFLIST
 guest=$here/guest/out/distribution
 echo "CRI socket: unix://$dir/run/caisson.sock   (end with Ctrl-C; pods go on and are found again at the next start)"
-exec "$here/target/release/caissond" --root "$dir/root" --run-dir "$dir/run" --listen "$dir/run/caisson.sock" \
+exec "$here/target/release/caissond" --root "$dir/root" --run-dir "$dir/run" --listen "$dir/run/caisson.sock" --nri-socket "$dir/run/nri.sock" \
     --cni-conf-dir "$dir/cni" --cni-bin-dir /usr/lib/cni --kernel "$guest/vmlinuz" --initramfs "$guest/initramfs.cpio"

@@ -104,8 +104,7 @@ fn config(dir: &Path, identity: &Identity) -> Result<String, (PathBuf, io::Error
 }
 
 impl Program {
-    /// Starts it. What it inherits is its end of the connection, as descriptor 3 under the name that plugins look for, and the daemon's
-    /// standard error.
+    /// Starts it. What it inherits is its end of the connection, as standard input, and the daemon's standard error.
     pub(crate) fn start(&self) -> Result<(tokio::net::UnixStream, Process), JoinError> {
         self.try_start().map_err(JoinError::Launch)
     }
