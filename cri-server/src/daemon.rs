@@ -26,7 +26,7 @@ use crate::{
     rpc::service::Cri,
     runtime::{Runtime, Settings, VERSION},
     server,
-    socket::{self, StateLock},
+    socket::{self, BoundSocket, StateLock},
     status::chain,
     streams::PodStreams,
 };
@@ -42,10 +42,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let (streaming, endpoint) = Server::bind(&config.streaming)
         .await
         .context("cannot serve exec, attach and port-forward")?;
-    let plugins = config.nri.clone().map(Plugins::new);
+    let plugins = config.nri.as_ref().map(|nri| Plugins::new(nri.settings.clone()));
     let runtime = open(&config, endpoint, plugins.clone()).await?;
-    let _nri = serve_nri(plugins.as_ref(), &runtime.sandboxes).await;
-    let (listener, bound) = socket::bind(&config.daemon.socket)?;
+    let _nri = serve_nri(&config, plugins.as_ref(), &runtime.sandboxes).await;
+    let (listener, bound) = socket::bind(&config.daemon.socket, socket::FOR_GROUP)?;
     tracing::info!(
         version = VERSION,
         socket = %bound.path().display(),
@@ -112,9 +112,29 @@ fn no_hooks() -> Arc<dyn PodHooks> {
 }
 
 /// Pods run without plugins when these cannot be served: on many nodes another runtime has the socket.
-async fn serve_nri(plugins: Option<&Plugins>, sandboxes: &Sandboxes) -> Option<Serving> {
-    match plugins?.serve(sandboxes.clone()).await {
-        Ok(serving) => Some(serving),
+async fn serve_nri(
+    config: &Config,
+    plugins: Option<&Plugins>,
+    sandboxes: &Sandboxes,
+) -> Option<(Serving, Option<BoundSocket>)> {
+    let plugins = plugins?;
+    let path = config.nri.as_ref().and_then(|nri| nri.socket.as_deref());
+    let (listener, bound) = match path.map(|path| socket::bind(path, socket::FOR_OWNER)).transpose() {
+        Ok(made) => made.unzip(),
+        Err(error) => {
+            tracing::error!(
+                error = chain(&error),
+                "NRI plugins are not served; where another runtime serves them, nri.socket can be a path of its own"
+            );
+            return None;
+        }
+    };
+    match plugins.serve(sandboxes.clone(), listener).await {
+        Ok(serving) => {
+            let socket = bound.as_ref().map(|bound| bound.path().display().to_string());
+            tracing::info!(socket, "NRI is served");
+            Some((serving, bound))
+        }
         Err(error) => {
             tracing::error!(error = chain(&error), "NRI plugins are not served");
             None

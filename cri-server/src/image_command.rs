@@ -189,7 +189,7 @@ fn as_text(images: &[v1::Image]) -> String {
     for image in images {
         let digits = image.id.strip_prefix("sha256:").unwrap_or(&image.id);
         let short = digits.get(..12).unwrap_or(digits);
-        let mib = image.size / (1 << 20);
+        let (mib, tenths) = (image.size >> 20, ((image.size & 0xf_ffff) * 10) >> 20);
         let pinned = if image.pinned { "pinned" } else { "" };
         let names: &[String] = if image.repo_tags.is_empty() {
             &image.repo_digests
@@ -197,7 +197,7 @@ fn as_text(images: &[v1::Image]) -> String {
             &image.repo_tags
         };
         text.push_str(&format!(
-            "{short}  {mib:>6} MiB  {pinned:6}  {}\n",
+            "{short}  {mib:>6}.{tenths} MiB  {pinned:6}  {}\n",
             names.join(" ")
         ));
     }

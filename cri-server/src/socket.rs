@@ -1,4 +1,4 @@
-//! The CRI socket: made so that there is never a moment with wrong permissions, and never two daemons behind one state.
+//! The daemon's sockets: made so that there is never a moment with wrong permissions, and never two daemons behind one state.
 
 use std::{
     fs::{File, OpenOptions, Permissions, TryLockError},
@@ -11,7 +11,10 @@ use std::{
 };
 
 /// Owner and group may connect.
-const SOCKET_MODE: u32 = 0o660;
+pub const FOR_GROUP: u32 = 0o660;
+
+/// The owner alone may.
+pub const FOR_OWNER: u32 = 0o600;
 
 /// Why the socket or the state directory could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -90,8 +93,8 @@ impl Drop for BoundSocket {
     }
 }
 
-/// Binds `path`. A socket that nobody listens on any more is replaced; one that is served, or another kind of file, is an error.
-pub fn bind(path: &Path) -> Result<(UnixListener, BoundSocket), SocketError> {
+/// Binds `path` with this mode. A socket that nobody listens on any more is replaced; one that is served, or another kind of file, is an error.
+pub fn bind(path: &Path, mode: u32) -> Result<(UnixListener, BoundSocket), SocketError> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(io_error("make directory", dir))?;
     }
@@ -106,7 +109,7 @@ pub fn bind(path: &Path) -> Result<(UnixListener, BoundSocket), SocketError> {
         Err(error) => return Err(io_error("remove", &fresh)(error)),
     }
     let listener = UnixListener::bind(&fresh).map_err(io_error("bind", &fresh))?;
-    std::fs::set_permissions(&fresh, Permissions::from_mode(SOCKET_MODE))
+    std::fs::set_permissions(&fresh, Permissions::from_mode(mode))
         .map_err(io_error("set the mode of", &fresh))?;
     std::fs::rename(&fresh, path).map_err(io_error("rename the socket to", path))?;
     listener.set_nonblocking(true).map_err(io_error("set up", path))?;
@@ -149,12 +152,14 @@ mod tests {
     fn a_stale_socket_is_replaced_and_a_served_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deep/caisson.sock");
-        let (listener, bound) = bind(&path).unwrap();
+        let (listener, bound) = bind(&path, FOR_OWNER).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, SOCKET_MODE);
-        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
+        assert_eq!(mode & 0o777, FOR_OWNER);
+        assert!(matches!(bind(&path, FOR_OWNER), Err(SocketError::InUse(_))));
         drop(listener);
-        let (_listener, again) = bind(&path).unwrap();
+        let (_listener, again) = bind(&path, FOR_GROUP).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, FOR_GROUP);
         drop(again);
         assert!(!path.exists());
         drop(bound);
@@ -165,7 +170,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("caisson.sock");
         std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(bind(&path), Err(SocketError::NotASocket(_))));
+        assert!(matches!(bind(&path, FOR_GROUP), Err(SocketError::NotASocket(_))));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     }
 

@@ -208,7 +208,7 @@ impl World {
                 config: config.summary(),
             }),
         };
-        let (listener, bound) = socket::bind(&dir.join("cri.sock")).unwrap();
+        let (listener, bound) = socket::bind(&dir.join("cri.sock"), socket::FOR_GROUP).unwrap();
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(server::serve(Cri::new(runtime.clone()), listener, async move {
             drop(stopped.await);

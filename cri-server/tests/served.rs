@@ -65,7 +65,7 @@ impl Served {
         let dir = tempfile::tempdir().unwrap();
         let runtime = runtime(dir.path()).await;
         let sandboxes = runtime.sandboxes.clone();
-        let (listener, bound) = socket::bind(&dir.path().join("cri.sock")).unwrap();
+        let (listener, bound) = socket::bind(&dir.path().join("cri.sock"), socket::FOR_GROUP).unwrap();
         let (stop, stopped) = oneshot::channel();
         let server = tokio::spawn(server::serve(Cri::new(runtime), listener, async move {
             drop(stopped.await);

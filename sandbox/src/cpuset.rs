@@ -135,23 +135,35 @@ fn describe(wanted: &Cpuset) -> String {
 
 fn unified(root: &Path, leaf: &Path, wanted: &Cpuset, what: impl Fn() -> String) -> Result<(), SandboxError> {
     cgroup::enable(root, leaf, "cpuset")?;
+    let mut changed = Vec::new();
     for (file, list) in [("cpuset.cpus", &wanted.cpus), ("cpuset.mems", &wanted.mems)] {
         let before = read(&leaf.join(file)).map_err(SandboxError::io(what()))?;
         if same(&before, list) {
             continue;
         }
-        write(&leaf.join(file), list).map_err(SandboxError::io(what()))?;
-        // The kernel takes what it cannot give, and gives what the group above has.
-        let given = read(&leaf.join(format!("{file}.effective"))).map_err(SandboxError::io(what()))?;
-        if !list.is_empty() && !same(&given, list) {
-            write(&leaf.join(file), &before).map_err(SandboxError::io(what()))?;
-            return Err(SandboxError::Unmet {
+        changed.push((file, before));
+        let refused = match give(leaf, file, list) {
+            Ok(None) => continue,
+            Ok(Some(given)) => SandboxError::Unmet {
                 what: what(),
                 reason: format!("of {file} {list}, {} gives {given}", leaf.display()),
-            });
+            },
+            Err(error) => SandboxError::io(what())(error),
+        };
+        // All of it or nothing.
+        for (file, before) in changed {
+            write(&leaf.join(file), &before).map_err(SandboxError::io(what()))?;
         }
+        return Err(refused);
     }
     Ok(())
+}
+
+/// Writes a list; what there is instead when that is not it: the kernel takes what it cannot give, and gives what the group above has.
+fn give(leaf: &Path, file: &str, list: &str) -> io::Result<Option<String>> {
+    write(&leaf.join(file), list)?;
+    let given = read(&leaf.join(format!("{file}.effective")))?;
+    Ok((!list.is_empty() && !same(&given, list)).then_some(given))
 }
 
 fn legacy(
@@ -166,10 +178,15 @@ fn legacy(
         _ => {}
     }
     let above = leaf.parent().unwrap_or(leaf);
+    let mut lists = Vec::new();
     for (file, list) in [("cpuset.cpus", &wanted.cpus), ("cpuset.mems", &wanted.mems)] {
         let may = read(&above.join(file)).map_err(io)?;
-        let list = if list.is_empty() { &may } else { list };
-        if !parse(list)
+        let list = if list.is_empty() {
+            may.clone()
+        } else {
+            list.clone()
+        };
+        if !parse(&list)
             .unwrap_or_default()
             .is_subset(&parse(&may).unwrap_or_default())
         {
@@ -178,7 +195,10 @@ fn legacy(
                 reason: format!("of {file} {list}, {} gives {may}", above.display()),
             });
         }
-        write(&leaf.join(file), list).map_err(io)?;
+        lists.push((file, list));
+    }
+    for (file, list) in lists {
+        write(&leaf.join(file), &list).map_err(io)?;
     }
     for pid in processes {
         match fs::write(leaf.join("cgroup.procs"), pid.to_string()) {
@@ -264,6 +284,14 @@ mod tests {
         );
         let error = pin(&place, &[77], &wanted("2-5"), "p").unwrap_err();
         assert!(error.to_string().contains("of cpuset.cpus 2-5"), "{error}");
+        // One list that cannot be had leaves the other as it was, too.
+        let both = Cpuset {
+            cpus: "3".into(),
+            mems: "7".into(),
+        };
+        let error = pin(&place, &[77], &both, "p").unwrap_err();
+        assert!(error.to_string().contains("of cpuset.mems 7"), "{error}");
+        assert_eq!(cpus(), "1-2");
         pin(&place, &[77], &wanted(""), "p").unwrap();
         assert_eq!(cpus(), "0-3");
     }

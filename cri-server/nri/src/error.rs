@@ -48,14 +48,8 @@ pub enum NriError {
         container: String,
     },
     /// The socket cannot be served.
-    #[error("cannot serve NRI on {path}")]
-    Socket {
-        /// Where.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: std::io::Error,
-    },
+    #[error("cannot serve NRI on its socket")]
+    Socket(#[source] std::io::Error),
     /// The directory of plugins cannot be used.
     #[error("cannot use the NRI plugins in {path}: {reason}")]
     Plugins {

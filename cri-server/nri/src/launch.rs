@@ -28,17 +28,9 @@ pub(crate) struct Program {
     pub(crate) config: String,
 }
 
-/// A plugin's process. Killed when it is dropped.
+/// A plugin's process. Killed when it is dropped, as it was spawned to be.
 pub(crate) struct Process {
-    child: tokio::process::Child,
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        if let Err(error) = self.child.start_kill() {
-            tracing::debug!(%error, "an NRI plugin had ended by itself");
-        }
-    }
+    _child: tokio::process::Child,
 }
 
 /// The programs of a directory, which need not be there. Files that cannot be executed are none.
@@ -120,7 +112,7 @@ impl Program {
         ours.set_nonblocking(true)?;
         let ours = tokio::net::UnixStream::from_std(ours)?;
         let child = self.spawn(theirs)?;
-        Ok((ours, Process { child }))
+        Ok((ours, Process { _child: child }))
     }
 
     /// A shell's redirection would need a shell, and a hook before exec unsafe code: the descriptor is passed as standard input, whose

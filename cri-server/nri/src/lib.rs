@@ -1,6 +1,6 @@
 //! The Node Resource Interface, as a runtime serves it to plugins.
 //!
-//! Owns the socket and what travels on it (a multiplexer with two connections, ttrpc on each), registration and synchronization of
+//! Owns what travels on the socket (a multiplexer with two connections, ttrpc on each), registration and synchronization of
 //! plugins, the order in which they are told what happens to pods and containers, the merging of what they ask for, and the plugins that
 //! are started by the daemon itself. Implements <https://github.com/containerd/nri>, v1alpha1, as of version 0.12.
 //!

@@ -1,12 +1,6 @@
 //! Where plugins come from: the socket, and the programs that are started.
 
-use std::{
-    io,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -23,26 +17,18 @@ use crate::{
 /// How long the listener rests after a failure to accept, of which there may be one after the other.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Plugins being served. Dropped, the socket is closed and removed, and what was started is killed.
+/// Plugins being served. Dropped, the socket is closed, and what was started is killed.
 pub struct Serving {
     _tasks: JoinSet<()>,
-    _bound: Option<Bound>,
-}
-
-/// The socket's file, removed with its listener.
-struct Bound(PathBuf);
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::debug!(%error, socket = %self.0.display(), "the socket was not there to be removed");
-        }
-    }
 }
 
 impl Nri {
-    /// Starts the programs, waits until they have come in or failed to, and then takes what connects. Must be called within the runtime.
-    pub async fn serve(self: &Arc<Self>) -> Result<Serving, NriError> {
+    /// Starts the programs, waits until they have come in or failed to, and then takes what connects to `listener`, which does not block.
+    /// Must be called within the runtime.
+    pub async fn serve(
+        self: &Arc<Self>,
+        listener: Option<std::os::unix::net::UnixListener>,
+    ) -> Result<Serving, NriError> {
         let mut tasks = JoinSet::new();
         if let Some(dir) = self.settings.plugin_dir.clone() {
             let config_dir = self.settings.plugin_config_dir.clone();
@@ -55,21 +41,12 @@ impl Nri {
                 self.start(program, &mut tasks).await;
             }
         }
-        let mut bound = None;
-        if let Some(path) = &self.settings.socket {
-            let listener = listen(path).map_err(|source| NriError::Socket {
-                path: path.clone(),
-                source,
-            })?;
-            bound = Some(Bound(path.clone()));
-            tracing::info!(socket = %path.display(), "NRI is served");
+        if let Some(listener) = listener {
+            let listener = UnixListener::from_std(listener).map_err(NriError::Socket)?;
             let nri = self.clone();
             tasks.spawn(async move { accept(nri, listener).await });
         }
-        Ok(Serving {
-            _tasks: tasks,
-            _bound: bound,
-        })
+        Ok(Serving { _tasks: tasks })
     }
 
     /// A program that fails is told and left out, as in the reference.
@@ -149,30 +126,4 @@ async fn accept(nri: Arc<Nri>, listener: UnixListener) {
             }
         }
     }
-}
-
-/// Makes the socket, for root only, in place of one that nobody listens on any more.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    if let Some(dir) = path.parent()
-        && !dir.exists()
-    {
-        std::fs::create_dir_all(dir)?;
-        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
-    }
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(io::Error::other("there is something that is not a socket"));
-        }
-        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-            return Err(io::Error::other(
-                "another runtime of this host serves NRI there: set nri.socket to a path of its own",
-            ));
-        }
-        Ok(_) => std::fs::remove_file(path)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }

@@ -5,8 +5,6 @@ use std::{path::PathBuf, time::Duration};
 /// How NRI is served.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where plugins connect; `None`: only plugins that the daemon starts are served.
-    pub socket: Option<PathBuf>,
     /// Programs that the daemon starts, named `NN-name`; `None`: none. A directory that is not there has none.
     pub plugin_dir: Option<PathBuf>,
     /// Their configuration, `NN-name.conf` or `name.conf`.

@@ -10,8 +10,17 @@ use crate::runtime::{NAME, VERSION};
 /// Where plugins look for the runtime when they are told nothing else.
 pub const DEFAULT_SOCKET: &str = "/var/run/nri/nri.sock";
 
+/// How plugins are served, and where.
+#[derive(Debug, Clone)]
+pub struct NriConfig {
+    /// Where plugins connect; `None`: only those that the daemon starts are served.
+    pub socket: Option<PathBuf>,
+    /// All else.
+    pub settings: Settings,
+}
+
 /// `None`: NRI is switched off.
-pub(super) fn nri(top: &mut Section) -> Option<Settings> {
+pub(super) fn nri(top: &mut Section) -> Option<NriConfig> {
     top.section("nri", |nri| {
         let enabled = nri.flag("enabled", true);
         let connections = nri.flag("connections", true);
@@ -23,7 +32,6 @@ pub(super) fn nri(top: &mut Section) -> Option<Settings> {
             );
         }
         let settings = Settings {
-            socket: connections.then_some(socket),
             plugin_dir: Some(nri.absolute("plugin_dir", "/opt/nri/plugins")),
             plugin_config_dir: nri.absolute("plugin_config_dir", "/etc/nri/conf.d"),
             registration_timeout: nri.seconds("registration_timeout_seconds", 5, 1..=60),
@@ -31,19 +39,20 @@ pub(super) fn nri(top: &mut Section) -> Option<Settings> {
             runtime_name: NAME.into(),
             runtime_version: VERSION.into(),
         };
-        enabled.then_some(settings)
+        let socket = connections.then_some(socket);
+        enabled.then_some(NriConfig { socket, settings })
     })
 }
 
 /// For people.
-pub(super) fn summary(settings: Option<&Settings>) -> serde_json::Value {
-    let Some(settings) = settings else {
+pub(super) fn summary(config: Option<&NriConfig>) -> serde_json::Value {
+    let Some(NriConfig { socket, settings }) = config else {
         return serde_json::json!({ "enabled": false });
     };
     let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     serde_json::json!({
         "enabled": true,
-        "socket": path(&settings.socket),
+        "socket": path(socket),
         "pluginDir": path(&settings.plugin_dir),
         "pluginConfigDir": settings.plugin_config_dir,
         "registrationTimeoutSeconds": settings.registration_timeout.as_secs(),

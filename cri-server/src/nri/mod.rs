@@ -5,7 +5,10 @@
 
 mod describe;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    os::unix::net::UnixListener,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use async_trait::async_trait;
 use caisson_cri_api::v1;
@@ -65,10 +68,14 @@ impl Plugins {
         Arc::new(self.clone())
     }
 
-    /// Starts what is installed and takes what connects.
-    pub async fn serve(&self, sandboxes: Sandboxes) -> Result<Serving, NriError> {
+    /// Starts what is installed and takes what connects to `listener`, which does not block.
+    pub async fn serve(
+        &self,
+        sandboxes: Sandboxes,
+        listener: Option<UnixListener>,
+    ) -> Result<Serving, NriError> {
         *self.pods.sandboxes.lock().unwrap_or_else(PoisonError::into_inner) = Some(sandboxes);
-        self.nri.serve().await
+        self.nri.serve(listener).await
     }
 
     /// Takes leave of all plugins.

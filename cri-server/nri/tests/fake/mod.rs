@@ -326,7 +326,6 @@ impl Served {
         let socket = dir.path().join("nri.sock");
         let node = Arc::<FakeNode>::default();
         let settings = Settings {
-            socket: Some(socket.clone()),
             plugin_dir: None,
             plugin_config_dir: dir.path().to_owned(),
             registration_timeout: timeout,
@@ -335,7 +334,9 @@ impl Served {
             runtime_version: "0".into(),
         };
         let nri = Nri::new(settings, node.clone());
-        let serving = nri.serve().await.unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let serving = nri.serve(Some(listener)).await.unwrap();
         Self {
             nri,
             node,
