@@ -46,7 +46,7 @@ if [ ! -e "$prepared/vmlinuz" ]; then
         *) cat "$path" ;;
         esac >"$work/result/modules/$name"
         strip --strip-debug "$work/result/modules/$name"
-        [ "$name" = fuse.ko ] || echo "/lib/modules/$name"
+        echo "/lib/modules/$name"
     done <"$work/paths" >"$work/result/modules/caisson.order"
     cp "$work"/root/boot/vmlinuz-* "$work/result/vmlinuz"
     rm -rf "$prepared"

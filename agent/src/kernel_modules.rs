@@ -38,7 +38,7 @@ pub(crate) fn load(order_file: &Path) -> Result<usize, AgentError> {
 }
 
 /// Loads one module; fine when it is loaded already.
-pub(crate) fn load_one(path: &Path) -> Result<(), AgentError> {
+fn load_one(path: &Path) -> Result<(), AgentError> {
     let file = fs::File::open(path).at(|| format!("opening kernel module {}", path.display()))?;
     match rustix::system::finit_module(&file, c"", 0) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),

@@ -15,7 +15,7 @@ use crate::{
     device_filter::Allowed,
     devices,
     error::{AgentError, At},
-    kernel_modules, names,
+    names,
     stage_spec::StageDevice,
 };
 
@@ -78,9 +78,6 @@ fn character(wanted: &v1::CharacterDevice) -> Result<StageDevice, AgentError> {
         AgentError::invalid("spec.character_devices", reason)
     };
     let node = Path::new("/dev").join(&wanted.name);
-    if !node.exists() {
-        load_module(&wanted.name)?;
-    }
     let metadata = match fs::metadata(&node) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
         found => found.at(|| format!("looking at {}", node.display()))?,
@@ -100,16 +97,6 @@ fn character(wanted: &v1::CharacterDevice) -> Result<StageDevice, AgentError> {
         read: wanted.read,
         write: wanted.write,
     })
-}
-
-/// Where a distribution's kernel has it as a module that is not loaded at every boot.
-fn load_module(name: &str) -> Result<(), AgentError> {
-    let last = name.rsplit('/').next().unwrap_or(name);
-    let module = Path::new("/lib/modules").join(format!("{last}.ko"));
-    if module.exists() {
-        kernel_modules::load_one(&module)?;
-    }
-    Ok(())
 }
 
 fn numbers(metadata: &Metadata) -> (u32, u32) {

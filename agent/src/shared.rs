@@ -31,7 +31,6 @@ use tokio::{
 use crate::{
     error::{AgentError, At},
     guest::Guest,
-    kernel_modules,
     listen::Connection,
     service::blocking,
     watch_fd::watched,
@@ -41,9 +40,6 @@ const DIRECTORY: &str = "/run/shared";
 
 /// The kernel's door to a file system in user space.
 const DEVICE: &str = "/dev/fuse";
-
-/// What makes the door appear where FUSE is a module.
-const MODULE: &str = "/lib/modules/fuse.ko";
 
 /// How long a connection may take to say which session it is for.
 const OPEN_BOUND: Duration = Duration::from_secs(10);
@@ -164,9 +160,6 @@ pub(crate) async fn mount_session(
 }
 
 fn mount_file_system(session: u64) -> Result<OwnedFd, AgentError> {
-    if fs::metadata(DEVICE).is_err() {
-        kernel_modules::load_one(Path::new(MODULE))?;
-    }
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let device = rustix::fs::open(DEVICE, flags, Mode::empty()).at(|| format!("opening {DEVICE}"))?;
     let place = root(session);

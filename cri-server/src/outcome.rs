@@ -48,6 +48,20 @@ pub async fn observe<T>(
     .await
 }
 
+/// Work that goes to its end in the span of its call, though the client that asked for it goes away: half of it is none.
+///
+/// # Errors
+///
+/// [`RpcError::TaskLost`] with `what` when the work panics.
+pub async fn unbroken<T: Send + 'static>(
+    what: &'static str,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, RpcError> {
+    tokio::spawn(work.in_current_span())
+        .await
+        .map_err(|_| RpcError::TaskLost(what))
+}
+
 /// Adds an id or a name to the span of the call that runs.
 pub fn note(field: &'static str, value: &str) {
     Span::current().record(field, value);

@@ -25,6 +25,7 @@ use caisson_sandbox::{
 };
 
 use crate::{
+    outcome::unbroken,
     status::{RpcError, chain},
     translate::{self, Refusals, nri_limits},
 };
@@ -142,11 +143,9 @@ async fn described(sandboxes: &Sandboxes, container: &str) -> Result<(PodSandbox
     Ok((describe::pod(&pod), describe::container(&container)))
 }
 
-/// Goes on when the task that waits for it is broken off: half an event is none.
+/// Half an event is none.
 async fn whole<T: Send + 'static>(call: impl Future<Output = T> + Send + 'static) -> Result<T, RpcError> {
-    tokio::spawn(call)
-        .await
-        .map_err(|_| RpcError::TaskLost("tell NRI plugins"))
+    unbroken("tell NRI plugins", call).await
 }
 
 #[async_trait]

@@ -1,11 +1,10 @@
 //! UpdateContainerResources: other limits for a container that is created or runs; only the fields that are set change.
 
 use caisson_cri_api::v1;
-use tracing::Instrument;
 
 use super::service::id;
 use crate::{
-    outcome::note,
+    outcome::{note, unbroken},
     runtime::Runtime,
     status::RpcError,
     translate::{self, Refusals},
@@ -38,8 +37,6 @@ pub(super) async fn handle(
         }
         Ok::<_, RpcError>(())
     };
-    tokio::spawn(update.in_current_span())
-        .await
-        .map_err(|_| RpcError::TaskLost("update a container"))??;
+    unbroken("update a container", update).await??;
     Ok(v1::UpdateContainerResourcesResponse {})
 }

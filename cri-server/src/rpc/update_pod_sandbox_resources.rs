@@ -3,11 +3,10 @@
 
 use caisson_cri_api::v1;
 use caisson_sandbox::limits::PodLimitChange;
-use tracing::Instrument;
 
 use super::service::id;
 use crate::{
-    outcome::note,
+    outcome::{note, unbroken},
     runtime::Runtime,
     status::RpcError,
     translate::{self, Refusals},
@@ -43,8 +42,6 @@ pub(super) async fn handle(
         }
         Ok::<_, RpcError>(())
     };
-    tokio::spawn(update.in_current_span())
-        .await
-        .map_err(|_| RpcError::TaskLost("update a pod sandbox"))??;
+    unbroken("update a pod sandbox", update).await??;
     Ok(v1::UpdatePodSandboxResourcesResponse {})
 }
