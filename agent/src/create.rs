@@ -22,7 +22,7 @@ use crate::{
     copy_tree, device_filter,
     error::{AgentError, At, chain},
     guest::{Container, Guest, Sandbox, Users},
-    names, own_devices, pod_volumes, remove, rootfs, shared,
+    names, own_devices, pod_volumes, remove, rootfs, shared, socket_forwards,
     stage::{capability_set, decode_seccomp, rlimit},
     stage_spec::{RootSpec, StageMount},
     user_namespace::bind_mapped,
@@ -125,8 +125,10 @@ fn acquire(guest: &Guest, serials: &[String]) -> Result<HashMap<String, PathBuf>
 /// The pod's own volumes that the container has mounted.
 fn provide(guest: &Guest, spec: &v1::ContainerSpec) -> Result<(), AgentError> {
     for mount in &spec.mounts {
-        if let Some(Source::PodVolume(volume)) = &mount.source {
-            guest.pod_volumes.provide(volume)?;
+        match &mount.source {
+            Some(Source::PodVolume(volume)) => guest.pod_volumes.provide(volume)?,
+            Some(Source::Shared(shared)) if shared.socket => guest.socket_forwards.provide(shared)?,
+            _ => {}
         }
     }
     Ok(())
@@ -467,6 +469,9 @@ fn image_mount(mount: &v1::Mount, image: &Path, sub_path: &str) -> Result<StageM
 fn stage_mount(mount: &v1::Mount) -> StageMount {
     match &mount.source {
         Some(Source::VolumeId(id)) => bind(&mount.destination, &volumes::path(id), mount.readonly),
+        Some(Source::Shared(shared)) if shared.socket => {
+            bind(&mount.destination, &socket_forwards::path(shared), mount.readonly)
+        }
         Some(Source::Shared(shared)) => bind(
             &mount.destination,
             &shared::path(shared.session, &shared.export),

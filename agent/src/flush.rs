@@ -24,7 +24,9 @@ pub(crate) async fn container(container: &Container) {
         .iter()
         .filter(|mount| !mount.readonly)
         .filter_map(|mount| match &mount.source {
-            Some(Source::Shared(shared)) => Some(shared::path(shared.session, &shared.export)),
+            Some(Source::Shared(shared)) if !shared.socket => {
+                Some(shared::path(shared.session, &shared.export))
+            }
             _ => None,
         })
         .collect();

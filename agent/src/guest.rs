@@ -19,6 +19,7 @@ use crate::{
     pod_volumes::PodVolumes,
     process::{Process, Stdio},
     shared::Shared,
+    socket_forwards::SocketForwards,
     stage_spec::{Identity, RootSpec},
     stats::Layer,
     volumes::Volumes,
@@ -39,6 +40,8 @@ pub(crate) struct Guest {
     pub(crate) images: Images,
     pub(crate) volumes: Volumes,
     pub(crate) shared: Shared,
+    /// Sockets that stand for the host's.
+    pub(crate) socket_forwards: SocketForwards,
     pub(crate) pod_volumes: PodVolumes,
     containers: Mutex<HashMap<String, Slot<Container>>>,
 }

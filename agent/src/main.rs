@@ -42,6 +42,7 @@ mod rootfs;
 mod service;
 mod shared;
 mod signal;
+mod socket_forwards;
 mod stage;
 mod stage_spec;
 mod start;

@@ -148,7 +148,15 @@ pub(crate) async fn mount_session(
         let reason = format!("{count} is not between 1 and {MAX_CONNECTIONS}");
         return Err(AgentError::invalid("connections", reason));
     }
-    let connections = guest.shared.take(session, count)?;
+    let forwards = usize::try_from(request.forwards).unwrap_or(usize::MAX);
+    let Some(messages) = count.checked_sub(forwards).filter(|messages| *messages > 0) else {
+        let reason = format!("{forwards} of {count} connections leave none for messages");
+        return Err(AgentError::invalid("forwards", reason));
+    };
+    let mut connections = guest.shared.take(session, count)?;
+    guest
+        .socket_forwards
+        .add(session, connections.split_off(messages.min(connections.len())));
     let device = blocking(move || mount_file_system(session)).await?;
     let device = Arc::new(watched(device).at(|| format!("watching {DEVICE}"))?);
     let turn = Arc::new(Turn::new(()));

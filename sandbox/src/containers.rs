@@ -407,9 +407,14 @@ impl Actor {
     async fn remember_attached(&mut self) -> Result<(), SandboxError> {
         let Some(live) = &self.live else { return Ok(()) };
         let (now, file_server) = (Some(live.vm.record()), live.volumes.file_server());
-        if self.record.vm != now || self.record.file_server != file_server {
+        let socket_server = live.volumes.socket_server();
+        let known = self.record.vm == now
+            && self.record.file_server == file_server
+            && self.record.socket_server == socket_server;
+        if !known {
             self.record.vm = now;
             self.record.file_server = file_server;
+            self.record.socket_server = socket_server;
             self.node.journal.write_pod(&self.record).await?;
         }
         Ok(())

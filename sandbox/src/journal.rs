@@ -52,6 +52,9 @@ pub(crate) struct PodRecord {
     /// The process that serves its shared volumes, when there is one.
     #[serde(default)]
     pub(crate) file_server: Option<FileServerRecord>,
+    /// The process that connects its containers to Unix sockets of the host, when there is one.
+    #[serde(default)]
+    pub(crate) socket_server: Option<FileServerRecord>,
     /// For verbose status; see [`crate::view::SandboxView::info`].
     pub(crate) info: serde_json::Value,
 }

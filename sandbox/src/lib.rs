@@ -489,6 +489,7 @@ impl Inner {
             size: None,
             ceiling: None,
             file_server: None,
+            socket_server: None,
             info: serde_json::Value::Null,
         };
         let (actor, inbox, handle) = Actor::new(self.node.clone(), Arc::downgrade(&self.registry), record);

@@ -365,6 +365,7 @@ fn unreadable_pod(id: SandboxId, error: &SandboxError, kept_images: KeptImages) 
         size: None,
         ceiling: None,
         file_server: None,
+        socket_server: None,
         info: serde_json::Value::Null,
     };
     let remains = Remains {

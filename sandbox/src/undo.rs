@@ -160,7 +160,7 @@ impl Undo {
             Self::Vm => {
                 kill(node, id, vm).await?;
                 // Its file server ends with its connections; it is not waited for, but seen to be gone.
-                if record.file_server.is_some() {
+                if record.file_server.is_some() || record.socket_server.is_some() {
                     sweep(node, id).await?;
                 }
                 Ok(())

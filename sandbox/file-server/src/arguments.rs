@@ -20,6 +20,7 @@ pub(crate) const HELP: &str = "\
 Serves a pod's shared volumes over FUSE; started by caissond.
 
   --connection-fd N   a connected stream socket that FUSE messages come from; may be repeated
+  --forward-fd N      a connected stream socket that the guest's connections to Unix sockets come from; may be repeated
   --ready-fd N        one byte is written there when volumes can be mounted
   --root DIRECTORY    an empty directory that the process makes its root
   --help, --version";
@@ -37,6 +38,7 @@ pub(crate) enum Invocation {
 /// What it works with.
 pub(crate) struct Arguments {
     pub(crate) connections: Vec<UnixStream>,
+    pub(crate) forwards: Vec<UnixStream>,
     pub(crate) ready: File,
     pub(crate) root: PathBuf,
 }
@@ -62,7 +64,7 @@ pub(crate) enum Wrong {
 pub(crate) fn parse(words: impl Iterator<Item = OsString>) -> Result<Invocation, Wrong> {
     let mut words = words;
     let mut seen = HashSet::new();
-    let (mut connections, mut ready, mut root) = (Vec::new(), None, None);
+    let (mut connections, mut forwards, mut ready, mut root) = (Vec::new(), Vec::new(), None, None);
     while let Some(word) = words.next() {
         match word.to_str() {
             Some("--help") => return Ok(Invocation::Help),
@@ -73,6 +75,11 @@ pub(crate) fn parse(words: impl Iterator<Item = OsString>) -> Result<Invocation,
                 // process has opened or knows it.
                 connections.push(unsafe { UnixStream::from_raw_fd(fd) });
             }
+            Some("--forward-fd") => {
+                let fd = descriptor(words.next().ok_or(Wrong::NoValue("--forward-fd"))?, &mut seen)?;
+                // SAFETY: as above.
+                forwards.push(unsafe { UnixStream::from_raw_fd(fd) });
+            }
             Some("--ready-fd") => {
                 let fd = descriptor(words.next().ok_or(Wrong::NoValue("--ready-fd"))?, &mut seen)?;
                 // SAFETY: as above.
@@ -81,7 +88,7 @@ pub(crate) fn parse(words: impl Iterator<Item = OsString>) -> Result<Invocation,
             Some("--root") => root = Some(PathBuf::from(words.next().ok_or(Wrong::NoValue("--root"))?)),
             _ => return Err(Wrong::Unknown(word)),
         }
-        if connections.len() > MAX_CONNECTIONS {
+        if connections.len() + forwards.len() > MAX_CONNECTIONS {
             return Err(Wrong::TooMany);
         }
     }
@@ -94,6 +101,7 @@ pub(crate) fn parse(words: impl Iterator<Item = OsString>) -> Result<Invocation,
     }
     Ok(Invocation::Run(Arguments {
         connections,
+        forwards,
         ready: ready.ok_or(Wrong::Missing("--ready-fd"))?,
         root,
     }))

@@ -141,8 +141,9 @@ pub(crate) fn raise_file_limit() {
     }
 }
 
-/// Gives everything up that is not listed. Before any thread is started: threads inherit it.
-pub(crate) fn confine() -> Result<(), ConfinementError> {
+/// Gives everything up that is not listed; `connects`: but for connecting to Unix sockets. Before any thread is started: threads
+/// inherit it.
+pub(crate) fn confine(connects: bool) -> Result<(), ConfinementError> {
     // A thread acts as the user who asks while it creates a file, with its capabilities: whether that user may has been decided by the
     // guest's kernel, which knows the user's other groups.
     set_capabilities_secure_bits(
@@ -160,20 +161,30 @@ pub(crate) fn confine() -> Result<(), ConfinementError> {
     caps::set(None, CapSet::Effective, &kept).map_err(ConfinementError::Capabilities)?;
     caps::set(None, CapSet::Permitted, &kept).map_err(ConfinementError::Capabilities)?;
     rustix::thread::set_no_new_privs(true).map_err(ConfinementError::Privileges)?;
-    filter_system_calls()
+    filter_system_calls(connects)
 }
 
-fn filter_system_calls() -> Result<(), ConfinementError> {
+fn filter_system_calls(connects: bool) -> Result<(), ConfinementError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
-    let names_of_threads = SeccompCondition::new(
-        0,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::Eq,
-        u64::from(libc::PR_SET_NAME.unsigned_abs()),
-    )
-    .and_then(|condition| SeccompRule::new(vec![condition]))
-    .map_err(ConfinementError::Filter)?;
-    rules.insert(libc::SYS_prctl, vec![names_of_threads]);
+    let first_is = |value: libc::c_int| {
+        SeccompCondition::new(
+            0,
+            SeccompCmpArgLen::Dword,
+            SeccompCmpOp::Eq,
+            u64::from(value.unsigned_abs()),
+        )
+        .and_then(|condition| SeccompRule::new(vec![condition]))
+        .map_err(ConfinementError::Filter)
+    };
+    rules.insert(libc::SYS_prctl, vec![first_is(libc::PR_SET_NAME)?]);
+    if connects {
+        // Names of sockets are paths, and there are none but those of the volumes; abstract ones are the network namespace's, which is
+        // empty.
+        rules.insert(libc::SYS_socket, vec![first_is(libc::AF_UNIX)?]);
+        for call in [libc::SYS_connect, libc::SYS_poll, libc::SYS_ppoll] {
+            rules.insert(call, Vec::new());
+        }
+    }
     let filter = SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),

@@ -1,4 +1,5 @@
-//! Serves a pod's shared volumes: FUSE messages in, answers out, on connections that the daemon has opened to the guest.
+//! Serves a pod's shared volumes: FUSE messages in, answers out, on connections that the daemon has opened to the guest; and, when it is
+//! started for them, connections to Unix sockets among the volumes.
 //!
 //! Owns the process: its arguments, its confinement, its end. It sees `/volumes` of its own mount namespace and nothing else of the host;
 //! the daemon moves mounts there. Ends with the last connection, that is with the VM; when anything goes wrong it ends at once, and the
@@ -6,6 +7,7 @@
 
 mod arguments;
 mod confinement;
+mod forward;
 mod handshake;
 mod jail;
 mod serve;
@@ -81,7 +83,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     let fs = PassthroughFs::new(serve::configuration()).map_err(Failure::FileSystem)?;
     let fs: Arc<PassthroughFs> = Arc::new(fs);
     jail::enter(&arguments.root).map_err(|(step, error)| Failure::Jail(step, error))?;
-    confinement::confine()?;
+    confinement::confine(!arguments.forwards.is_empty())?;
     let server = Arc::new(Server::new(Arc::clone(&fs)));
 
     let mut threads = Vec::new();
@@ -90,6 +92,13 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         let thread = std::thread::Builder::new()
             .name(format!("files-{number}"))
             .spawn(move || serve::connection(&fs, &server, connection))
+            .map_err(Failure::Thread)?;
+        threads.push(thread);
+    }
+    for (number, connection) in arguments.forwards.into_iter().enumerate() {
+        let thread = std::thread::Builder::new()
+            .name(format!("socket-{number}"))
+            .spawn(move || forward::connection(connection))
             .map_err(Failure::Thread)?;
         threads.push(thread);
     }

@@ -129,15 +129,20 @@ impl GuestClient {
         stream.map(Into::into).map_err(|_| GuestError::Protocol(CONNECT))
     }
 
-    /// Mounts what is served over the session's connections.
+    /// Mounts what is served over the session's connections; the last `forwards` of them are for Unix sockets.
     pub async fn mount_shared(
         &self,
         session: u64,
         connections: u32,
+        forwards: u32,
         deadline: Duration,
     ) -> Result<(), GuestError> {
         let mut agent = self.agent.clone();
-        let request = v1::MountSharedRequest { session, connections };
+        let request = v1::MountSharedRequest {
+            session,
+            connections,
+            forwards,
+        };
         bounded("MountShared", deadline, agent.mount_shared(request)).await?;
         Ok(())
     }

@@ -31,6 +31,12 @@ use crate::{
 /// Messages in flight at most.
 const CONNECTIONS: u32 = 4;
 
+/// Messages in flight of a server for Unix sockets, which says no more of them than what they are.
+const SOCKET_CONNECTIONS: u32 = 1;
+
+/// Connections to Unix sockets of the host that a pod can have at a time; more wait.
+const FORWARDS: u32 = 15;
+
 /// How long the process may take to be ready.
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -71,6 +77,24 @@ pub(crate) struct Settings {
     pub(crate) cgroup: Option<PathBuf>,
     /// For each step.
     pub(crate) deadline: Duration,
+    /// Whether it is the one for Unix sockets: apart from the other, since only this one may connect to anything.
+    pub(crate) sockets: bool,
+}
+
+impl Settings {
+    /// Connections for messages, and for Unix sockets.
+    fn connections(&self) -> (u32, u32) {
+        if self.sockets {
+            (SOCKET_CONNECTIONS, FORWARDS)
+        } else {
+            (CONNECTIONS, 0)
+        }
+    }
+
+    /// What its files in the run directory are called.
+    fn name(&self) -> &'static str {
+        if self.sockets { "sockets" } else { "files" }
+    }
 }
 
 /// The file server of one pod, running or not.
@@ -156,6 +180,7 @@ impl FileServer {
         Ok(guest::SharedSource {
             session: server.record.session,
             export: number.to_string(),
+            socket: self.settings.sockets,
         })
     }
 
@@ -164,7 +189,8 @@ impl FileServer {
         // Never used before in this VM, also not by a daemon that crashed before it could remember it.
         let (session, _) = uuid::Uuid::new_v4().as_u64_pair();
         let mut connections = Vec::new();
-        for _ in 0..CONNECTIONS {
+        let (messages, forwards) = self.settings.connections();
+        for _ in 0..messages + forwards {
             let connection = guest
                 .connect_files(session, limit)
                 .await
@@ -173,7 +199,7 @@ impl FileServer {
         }
         let process = self.spawn(connections).await?;
         let mounted = guest
-            .mount_shared(session, CONNECTIONS, self.settings.deadline)
+            .mount_shared(session, messages + forwards, forwards, self.settings.deadline)
             .await
             .map_err(SandboxError::guest("mount shared volumes in the guest"));
         if let Err(error) = mounted {
@@ -228,29 +254,35 @@ impl FileServer {
     }
 
     fn log(&self) -> PathBuf {
-        log(&self.settings.dir)
+        log(&self.settings)
     }
 }
 
-fn log(dir: &Path) -> PathBuf {
-    dir.join("files.log")
+fn log(settings: &Settings) -> PathBuf {
+    settings.dir.join(format!("{}.log", settings.name()))
 }
 
 type Ready = io::Result<tokio::net::unix::pipe::Receiver>;
 
 fn spawn(settings: &Settings, connections: Vec<OwnedFd>) -> Result<(Ready, Process), SandboxError> {
     use std::os::fd::AsRawFd;
-    let root = settings.dir.join("files");
+    let root = settings.dir.join(settings.name());
     private_dir(&root)?;
     let (ready, told) = io::pipe().map_err(SandboxError::io("make a pipe"))?;
     let mut command = DetachedCommand::new(
         ProcessRole::FileServer,
         &settings.owner,
         settings.program.clone(),
-        log(&settings.dir),
+        log(settings),
     );
-    for connection in &connections {
-        command.args.push("--connection-fd".into());
+    let (messages, _) = settings.connections();
+    for (number, connection) in (0..).zip(&connections) {
+        let word = if number < messages {
+            "--connection-fd"
+        } else {
+            "--forward-fd"
+        };
+        command.args.push(word.into());
         command.args.push(connection.as_raw_fd().to_string().into());
     }
     command.args.extend([

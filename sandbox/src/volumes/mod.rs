@@ -5,6 +5,7 @@
 //! a subPath of these                                     copied once, as Kubernetes says
 //! emptyDir on disk                                       ext4 image in the host directory        empty_dir.rs
 //! emptyDir in memory                                     tmpfs in the guest
+//! a Unix socket of the host                              a socket in the guest, connected to it  file_server.rs
 //! everything else                                        stays on the host, served by a process  file_server.rs
 //! ```
 //!
@@ -50,6 +51,7 @@ pub(crate) struct Volumes {
     /// Size of an emptyDir's disk.
     empty_dir_bytes: u64,
     file_server: FileServer,
+    socket_server: FileServer,
     projected: Projected,
 }
 
@@ -71,12 +73,18 @@ impl Volumes {
             dir: node.run_dir(&record.id),
             cgroup: record.cgroup.clone(),
             deadline: node.config.agent_deadline,
+            sockets: false,
+        };
+        let for_sockets = file_server::Settings {
+            sockets: true,
+            ..settings.clone()
         };
         Self {
             uid: record.spec.identity.uid.clone(),
             root: node.config.root.clone(),
             empty_dir_bytes: node.config.empty_dir_bytes,
             file_server: FileServer::new(settings, record.file_server.clone()),
+            socket_server: FileServer::new(for_sockets, record.socket_server.clone()),
             projected: Projected::new(node.watcher.clone(), node.config.agent_deadline),
         }
     }
@@ -84,6 +92,11 @@ impl Volumes {
     /// What to journal.
     pub(crate) fn file_server(&self) -> Option<FileServerRecord> {
         self.file_server.record()
+    }
+
+    /// The same for the one that connects to Unix sockets.
+    pub(crate) fn socket_server(&self) -> Option<FileServerRecord> {
+        self.socket_server.record()
     }
 
     /// Makes every volume of a container available in the guest, and says how to mount it.
@@ -235,6 +248,18 @@ impl Volumes {
         volume: &HostVolume,
         path: HostPath,
     ) -> Result<guest::Mount, SandboxError> {
+        if path.kind == FileType::Socket {
+            // A read-only mount does not keep anybody from connecting; neither does it in a container.
+            let export = self
+                .socket_server
+                .export(&live.guest, path, ReadOnly::No, volume.propagation)
+                .await?;
+            return Ok(guest::Mount {
+                destination: volume.container_path.clone(),
+                readonly: volume.readonly,
+                source: Some(Mounted::Shared(export)),
+            });
+        }
         if !matches!(path.kind, FileType::Directory | FileType::RegularFile) {
             return Err(SandboxError::Invalid {
                 what: "volume".into(),
