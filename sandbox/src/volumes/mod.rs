@@ -258,6 +258,7 @@ impl Volumes {
                 destination: volume.container_path.clone(),
                 readonly: volume.readonly,
                 source: Some(Mounted::Shared(export)),
+                ..guest::Mount::default()
             });
         }
         if !matches!(path.kind, FileType::Directory | FileType::RegularFile) {
