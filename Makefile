@@ -12,6 +12,7 @@
 #   make critest  cri-tools' conformance tests, judged by docs/conformance.md; CRITEST='--focus REGEXP' for some of them
 #   make bench    figures for docs/performance.md
 #   make bench-streaming  figures of exec sessions, next to containerd's
+#   make bench-images  figures of pulling and converting, next to containerd's
 #   make fuzz     the VMM's devices and protocol under libFuzzer, ten minutes each target
 #   make run      caissond in the foreground, state below /tmp/caisson, its own bridge network for pods
 #   make registry a registry in the foreground on 127.0.0.1:5000 that holds demo/busybox:1
@@ -26,7 +27,7 @@ GUEST := guest/out
 RUN ?= /tmp/caisson
 CARGO ?= cargo
 
-.PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench bench-streaming bench-vmm fuzz run registry
+.PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench bench-images bench-streaming bench-vmm fuzz run registry
 .PHONY: crictl nri-plugin critest kubelet e2e-kubelet node-shell e2e-node e2e-node-short critest-node
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,13 +36,13 @@ setup:
 	@./tests/setup.sh
 
 # The test programs come with it: built apart, cargo would compile half of their libraries again with other features.
-PACKAGES := -p caissond -p caisson-vmm -p caisson-vhost-vsock -p caisson-file-server -p caisson-e2e
+PACKAGES := -p caissond -p caisson-vmm -p caisson-vhost-vsock -p caisson-file-server -p caisson-image -p caisson-e2e
 build: setup
 	$(CARGO) build --release $(PACKAGES) --bins
 
 # What the demo needs of it: on a fresh machine everybody waits for this.
 build-demo: setup
-	$(CARGO) build --release $(PACKAGES) --bin caissond --bin caisson-vmm --bin caisson-vhost-vsock --bin caisson-file-server --bin demo
+	$(CARGO) build --release $(PACKAGES) --bin caissond --bin caisson-vmm --bin caisson-vhost-vsock --bin caisson-file-server --bin caisson-layer-converter --bin demo
 
 # Static, so that it is the only file a guest needs; --target keeps build scripts and macros dynamic.
 agent: setup
@@ -118,6 +119,10 @@ bench: build guest guest-tuned
 bench-streaming: build guest-tuned
 	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
 		./target/release/bench_streaming $(BENCH_MIB)
+
+# Pulling and converting, against containerd where CAISSON_BENCH_CONTAINERD names one.
+bench-images: build guest
+	./target/release/bench_images
 
 run: build guest
 	./tests/run-by-hand.sh $(RUN)

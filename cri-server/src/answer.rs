@@ -344,7 +344,7 @@ mod tests {
                 cmd: vec!["sh".into()],
                 ..Default::default()
             },
-            disk: "/d".into(),
+            disk: vec!["/d".into()],
             pulled_at: UNIX_EPOCH,
         }
     }

@@ -81,7 +81,7 @@ Configuration file (TOML; every key may be left out):
                  user = \"per-vm\"|\"uid:gid\"|\"root\", uid_base
   [network]     conf_dir, plugin_dirs = [], cache_dir, netns_dir, plugin_deadline_seconds = 60
   [images]      root, insecure_registries = [], ca_files = [], max_image_mib = 32768, stall_deadline_seconds = 60
-                hosts_dirs = [\"/etc/containerd/certs.d\", \"/etc/docker/certs.d\"], auth_files = []
+                hosts_dirs = [\"/etc/containerd/certs.d\", \"/etc/docker/certs.d\"], auth_files = [], converter
   [images.mirrors]  \"registry.k8s.io\" = [\"mirror.example:5000\"]
   [images.signatures.\"registry.example/team\"]  policy = \"accept\"|\"reject\"|\"cosign\", keys = []
   [streaming]   listen = \"127.0.0.1:0\", tls_cert_file, tls_key_file, idle_timeout_seconds = 14400

@@ -43,6 +43,12 @@ pub enum ImageCommand {
         #[arg(long)]
         pin: bool,
     },
+    /// Read every byte of the store and compare it with its digest; exit status 0 when nothing is damaged
+    Check {
+        /// Delete damaged files: the images that need them are pulled again
+        #[arg(long)]
+        remove: bool,
+    },
     /// Keep kubelet's garbage collection from removing an image
     Pin {
         /// Name, id or the beginning of one
@@ -57,10 +63,12 @@ pub enum ImageCommand {
 
 /// Does it; answers what is to be printed.
 pub async fn run(config: &Config, command: ImageCommand) -> anyhow::Result<String> {
-    let images = Images::open(config).await?;
+    let images = async || Images::open(config).await;
     match command {
+        // Works on the files, whoever has the store open.
+        ImageCommand::Check { remove } => check(config.images.root.clone(), remove).await,
         ImageCommand::List { json } => {
-            let list = images.list().await?;
+            let list = images().await?.list().await?;
             Ok(if json { as_json(&list) } else { as_text(&list) })
         }
         ImageCommand::Import { path, name, pin } => {
@@ -70,15 +78,40 @@ pub async fn run(config: &Config, command: ImageCommand) -> anyhow::Result<Strin
                 None => std::path::absolute(&path)
                     .with_context(|| format!("cannot tell where {} is", path.display()))?,
             };
-            let imported = images.import(path, name, pin).await?;
+            let imported = images().await?.import(path, name, pin).await?;
             Ok(imported
                 .iter()
                 .map(|image| format!("{} {}\n", image.id, image.repo_tags.join(" ")))
                 .collect())
         }
-        ImageCommand::Pin { image } => Ok(format!("{}\n", images.pin(image, true).await?)),
-        ImageCommand::Unpin { image } => Ok(format!("{}\n", images.pin(image, false).await?)),
+        ImageCommand::Pin { image } => Ok(format!("{}\n", images().await?.pin(image, true).await?)),
+        ImageCommand::Unpin { image } => Ok(format!("{}\n", images().await?.pin(image, false).await?)),
     }
+}
+
+/// Compares every byte with its digest. Damage is an error, so that scripts see it.
+async fn check(root: PathBuf, remove: bool) -> anyhow::Result<String> {
+    let examined = tokio::task::spawn_blocking(move || caisson_image::examine(&root, remove)).await?;
+    let examination = examined.map_err(failed)?;
+    let read = format!(
+        "{} files of {} MiB read",
+        examination.files,
+        examination.bytes >> 20
+    );
+    if examination.damages.is_empty() {
+        return Ok(format!("{read}, nothing is damaged\n"));
+    }
+    let list: Vec<_> = examination
+        .damages
+        .iter()
+        .map(|damage| format!("\n  {}: {}", damage.file.display(), damage.reason))
+        .collect();
+    let done = if remove {
+        "removed; the images that need them are pulled again"
+    } else {
+        "--remove deletes them, so that the next pull repairs the images"
+    };
+    anyhow::bail!("{read}; damaged ({done}):{}", list.concat())
 }
 
 /// Who does the work.

@@ -129,6 +129,15 @@ struct Served {
 /// What has been told of each subject, in order.
 type Told = Arc<Mutex<BTreeMap<String, Vec<ContainerEventType>>>>;
 
+/// The example, which cargo builds with the tests.
+fn layer_converter() -> std::path::PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let build = exe.parent().and_then(std::path::Path::parent).unwrap();
+    let path = build.join("examples/layer_converter");
+    assert!(path.is_file(), "{} was not built", path.display());
+    path
+}
+
 /// A node, its daemon, and what clients know.
 struct World {
     node: Node,
@@ -158,6 +167,7 @@ impl World {
             ca_files: Vec::new(),
             max_image_bytes: 1 << 20,
             stall_deadline: Duration::from_secs(10),
+            converter: layer_converter(),
         })
         .await
         .unwrap();

@@ -335,7 +335,7 @@ impl Boot {
             nics,
             disks: vec![Disk {
                 serial: scratch::SERIAL.into(),
-                path: self.node.journal.scratch(&self.record.id),
+                files: vec![self.node.journal.scratch(&self.record.id)],
                 read_only: false,
             }],
             attach_slots: config.attach_slots,

@@ -97,7 +97,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
     let serial = image_serial(&spec.image.id);
     let image = Disk {
         serial: serial.clone(),
-        path: spec.image.disk.clone(),
+        files: spec.image.disk.clone(),
         read_only: true,
     };
     live.disks.attach(live, image, Holder::Container(id)).await?;
@@ -126,7 +126,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
         let serial = image_serial(&volume.image_id);
         let image = Disk {
             serial: serial.clone(),
-            path: volume.disk.clone(),
+            files: volume.disk.clone(),
             read_only: true,
         };
         live.disks.attach(live, image, Holder::Container(id)).await?;

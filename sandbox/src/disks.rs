@@ -58,7 +58,11 @@ impl PodDisks {
         if is_attached(live, &disk.serial) {
             return Ok(());
         }
-        let what = format!("attach disk {}", disk.path.display());
+        // The first of its files names it; an error about another one names that.
+        let what = match disk.files.first() {
+            Some(file) => format!("attach disk {}", file.display()),
+            None => format!("attach disk {}", disk.serial),
+        };
         live.vm.attach(disk).await.map_err(SandboxError::hypervisor(what))
     }
 

@@ -433,7 +433,7 @@ mod tests {
                     id: "sha256:00".into(),
                     user_reference: "x".into(),
                     reference: "x".into(),
-                    disk: "/x".into(),
+                    disk: vec!["/x".into()],
                 },
                 guest: crate::guest::ContainerSpec {
                     process: Some(crate::guest::Process {

@@ -147,7 +147,7 @@ impl ContainerSpec {
                 id: String::new(),
                 user_reference: String::new(),
                 reference: String::new(),
-                disk: PathBuf::new(),
+                disk: Vec::new(),
             },
             guest: guest::ContainerSpec::default(),
             files: Vec::new(),
@@ -195,6 +195,20 @@ impl ContainerSpec {
     }
 }
 
+/// Records of older versions have one file for each image.
+fn one_or_several<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Files {
+        One(PathBuf),
+        Several(Vec<PathBuf>),
+    }
+    Ok(match Files::deserialize(from)? {
+        Files::One(path) => vec![path],
+        Files::Several(paths) => paths,
+    })
+}
+
 /// An image, as much of it as a container needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerImage {
@@ -204,8 +218,9 @@ pub struct ContainerImage {
     pub user_reference: String,
     /// A `repo@digest` or the id.
     pub reference: String,
-    /// EROFS file, attached read-only.
-    pub disk: PathBuf,
+    /// Files that make its disk, one behind the other, attached read-only.
+    #[serde(deserialize_with = "one_or_several")]
+    pub disk: Vec<PathBuf>,
 }
 
 /// A host file or small directory, copied into guest memory and bind-mounted.
@@ -293,8 +308,9 @@ pub struct MountedImage {
 pub struct ImageVolume {
     /// Config digest, `sha256:...`.
     pub image_id: String,
-    /// EROFS file, attached read-only.
-    pub disk: PathBuf,
+    /// Files that make its disk, one behind the other, attached read-only.
+    #[serde(deserialize_with = "one_or_several")]
+    pub disk: Vec<PathBuf>,
     /// Absolute, in the container.
     pub container_path: String,
     /// Relative to the image's root; empty: all of it.

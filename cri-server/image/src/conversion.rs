@@ -1,24 +1,41 @@
-//! Compressed layers in, one EROFS file out, with every digest checked on the way.
+//! The confined process that reads layers, seen from the daemon: started for one job, fed, believed as far as it can be checked.
 //!
-//! Runs on a blocking thread. Hashes the compressed bytes towards the manifest's digest and the uncompressed ones towards the config's
-//! diff id, and counts both. The archive itself is read by `caisson-erofs`, the only tar parser there is.
+//! The compressed bytes are hashed here, on their way into the process; what it says of the uncompressed ones is compared with the image's
+//! config. Must not know registries and the store.
 
 use std::{
     error::Error,
     fs::File,
-    io::{self, BufRead, BufReader, Chain, Cursor, Read},
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    process::Stdio,
+    time::Duration,
 };
 
-use bytes::Bytes;
-use caisson_erofs::{ErofsError, ErrorKind, ImageBuilder, Limits};
-use tokio::sync::mpsc;
+use caisson_layer_converter::protocol::{
+    Composed, Converted, DESCRIPTORS_MAX, DOCUMENT_BYTES_MAX, Fault, HashAlgorithm, JobLimits, Reply, Request,
+};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixStream, unix::pipe},
+    process::{Child, Command},
+    sync::mpsc,
+    time::timeout,
+};
 
 use crate::{
     digest::{Digest, Hasher},
-    error::is_storage_full,
     manifest::Blob,
     transfer::Feed,
 };
+
+/// How long the process may take for one chunk, or for what is left to do after the last: a layer's metadata, or an image's.
+const PROGRESS_DEADLINE: Duration = Duration::from_secs(600);
+/// Wanted size of the pipe into the process: fewer changes between the two.
+const PIPE_BYTES: usize = 1 << 20;
 
 /// One layer as manifest and config describe it.
 #[derive(Debug, Clone)]
@@ -27,7 +44,7 @@ pub(crate) struct Layer {
     pub(crate) diff_id: Digest,
 }
 
-/// Why there is no EROFS file.
+/// Why there is no converted layer, or no image of them.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The download ended early; its side knows why.
@@ -42,359 +59,317 @@ pub(crate) enum Failure {
         hostile: bool,
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The file could not be finished.
-    Output(Box<dyn Error + Send + Sync>),
+    /// The process could not be started, or did not answer.
+    Process(io::Error),
 }
 
-/// Converts the layers that arrive through `feed` into `output`, and makes it durable. Answers the file's length in bytes.
-pub(crate) fn convert(
-    output: File,
-    layers: &[Layer],
-    mut feed: mpsc::Receiver<Feed>,
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Process(error)
+    }
+}
+
+/// What the process said of a failure.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Said(String);
+
+/// Starts converters.
+#[derive(Debug, Clone)]
+pub(crate) struct Converters {
+    program: PathBuf,
     max_image_bytes: u64,
-) -> Result<u64, Failure> {
-    let limits = Limits {
-        max_image_bytes,
-        ..Limits::default()
-    };
-    let mut builder = ImageBuilder::new(output, limits).map_err(output_failure)?;
-    let mut budget = max_image_bytes;
-    for layer in layers {
-        budget = convert_layer(&mut builder, layer, &mut feed, budget, max_image_bytes)?;
-    }
-    let summary = builder.finish().map_err(|error| match error.is_hostile() {
-        true => Failure::Refused(crate::error::describe(&error)),
-        false => output_failure(error),
-    })?;
-    summary.file.sync_all().map_err(output_failure)?;
-    Ok(summary.bytes)
 }
 
-fn output_failure(error: impl Error + Send + Sync + 'static) -> Failure {
-    if is_storage_full(&error) {
-        Failure::Full(Box::new(error))
-    } else {
-        Failure::Output(Box::new(error))
-    }
-}
-
-/// Converts one layer; answers how many uncompressed bytes the others may have.
-fn convert_layer(
-    builder: &mut ImageBuilder,
-    layer: &Layer,
-    feed: &mut mpsc::Receiver<Feed>,
-    budget: u64,
-    max_image_bytes: u64,
-) -> Result<u64, Failure> {
-    let mut blob = Incoming::new(feed, layer.blob.digest.hasher());
-    let (outcome, counted) = read_layer(builder, layer, &mut blob, budget);
-    let Counted {
-        left,
-        exceeded,
-        diff_id,
-    } = counted;
-    if exceeded {
-        let digest = &layer.blob.digest;
-        return Err(Failure::Refused(format!(
-            "its layers are larger than {max_image_bytes} bytes when uncompressed, at layer {digest}"
-        )));
-    }
-    let outcome = match outcome {
-        Err(error) if is_storage_full(error.as_ref()) => return Err(Failure::Full(error)),
-        // More of it would only cost more.
-        Err(source) if erofs_kind(source.as_ref()) == Some(ErrorKind::Limit) => {
-            return Err(Failure::Layer {
-                digest: layer.blob.digest.clone(),
-                hostile: true,
-                source,
-            });
-        }
-        outcome => outcome,
-    };
-    // A layer that cannot be read may be another one than the manifest names; then that is what is wrong with it.
-    blob.drain();
-    if blob.cut {
-        return Err(Failure::Cut);
-    }
-    let found = blob.hasher.finish();
-    if found != layer.blob.digest {
-        let reason = format!("layer {} has the digest {found}", layer.blob.digest);
-        return Err(Failure::Refused(reason));
-    }
-    if let Err(source) = outcome {
-        let hostile = erofs_kind(source.as_ref()) != Some(ErrorKind::Host);
-        return Err(Failure::Layer {
-            digest: found,
-            hostile,
-            source,
-        });
-    }
-    if diff_id != layer.diff_id {
-        let reason = format!(
-            "layer {found} has the diff id {diff_id} instead of {}",
-            layer.diff_id
-        );
-        return Err(Failure::Refused(reason));
-    }
-    Ok(left)
-}
-
-fn erofs_kind(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
-    error.downcast_ref::<ErofsError>().map(ErofsError::kind)
-}
-
-type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
-
-struct Counted {
-    left: u64,
-    exceeded: bool,
-    diff_id: Digest,
-}
-
-fn read_layer(
-    builder: &mut ImageBuilder,
-    layer: &Layer,
-    blob: &mut Incoming<'_>,
-    budget: u64,
-) -> (Outcome, Counted) {
-    let hasher = layer.diff_id.hasher();
-    let decoder = match decoder(blob) {
-        Ok(decoder) => decoder,
-        Err(error) => {
-            let counted = Counted {
-                left: budget,
-                exceeded: false,
-                diff_id: hasher.finish(),
-            };
-            return (Err(Box::new(error)), counted);
-        }
-    };
-    let mut content = Uncompressed {
-        inner: decoder,
-        hasher,
-        left: budget,
-        exceeded: false,
-    };
-    let outcome = builder.layer(&mut content).map_err(Into::into).and_then(|_| {
-        // What follows the archive's end counts for the digest.
-        io::copy(&mut content, &mut io::sink())?;
-        Ok(())
-    });
-    let counted = Counted {
-        left: content.left,
-        exceeded: content.exceeded,
-        diff_id: content.hasher.finish(),
-    };
-    (outcome, counted)
-}
-
-type Peeked<'a, 'f> = Chain<Cursor<Vec<u8>>, &'a mut Incoming<'f>>;
-
-/// Undoes the compression that the first bytes show: media types are known to be wrong about it, and the digests decide anyway.
-fn decoder<'a>(blob: &'a mut Incoming<'_>) -> io::Result<Box<dyn Read + 'a>> {
-    let mut magic = Vec::new();
-    (&mut *blob).take(4).read_to_end(&mut magic)?;
-    let peeked = Cursor::new(magic.clone()).chain(blob);
-    Ok(match magic.as_slice() {
-        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(peeked)),
-        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Box::new(zstd_decoder(peeked)?),
-        _ => Box::new(BufReader::new(peeked)),
-    })
-}
-
-/// libzstd refuses windows over 128 MiB by itself, so a frame header cannot ask for all memory.
-fn zstd_decoder<'a, 'f>(
-    input: Peeked<'a, 'f>,
-) -> io::Result<zstd::stream::read::Decoder<'static, Peeked<'a, 'f>>> {
-    zstd::stream::read::Decoder::with_buffer(input)
-}
-
-/// The compressed bytes of one layer.
-struct Incoming<'f> {
-    feed: &'f mut mpsc::Receiver<Feed>,
-    current: Bytes,
-    hasher: Hasher,
-    ended: bool,
-    /// The other side went away before the layer's end.
-    cut: bool,
-}
-
-impl<'f> Incoming<'f> {
-    fn new(feed: &'f mut mpsc::Receiver<Feed>, hasher: Hasher) -> Self {
+impl Converters {
+    pub(crate) fn new(program: PathBuf, max_image_bytes: u64) -> Self {
         Self {
-            feed,
-            current: Bytes::new(),
-            hasher,
-            ended: false,
-            cut: false,
+            program,
+            max_image_bytes,
         }
     }
 
-    /// Reads and hashes what the decoder left.
-    fn drain(&mut self) {
-        while let Ok(true) = self.fill_buf().map(|bytes| !bytes.is_empty()) {
-            self.current.clear();
-        }
-    }
-}
-
-impl BufRead for Incoming<'_> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        while self.current.is_empty() && !self.ended {
-            match self.feed.blocking_recv() {
-                Some(Feed::Chunk(chunk)) => {
-                    self.hasher.update(&chunk);
-                    self.current = chunk;
-                }
-                Some(Feed::End) => self.ended = true,
-                None => {
-                    self.ended = true;
-                    self.cut = true;
-                }
-            }
-        }
-        if self.cut {
-            return Err(io::Error::new(
-                io::ErrorKind::BrokenPipe,
-                "the download ended early",
-            ));
-        }
-        Ok(&self.current)
-    }
-
-    fn consume(&mut self, amount: usize) {
-        drop(self.current.split_to(amount.min(self.current.len())));
-    }
-}
-
-impl Read for Incoming<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let available = self.fill_buf()?;
-        let amount = available.len().min(buffer.len());
-        buffer[..amount].copy_from_slice(&available[..amount]);
-        self.consume(amount);
-        Ok(amount)
-    }
-}
-
-/// The archive of one layer: hashed, and not larger than what is left of the image's budget.
-struct Uncompressed<R> {
-    inner: R,
-    hasher: Hasher,
-    left: u64,
-    exceeded: bool,
-}
-
-impl<R: Read> Read for Uncompressed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let amount = self.inner.read(buffer)?;
-        match self.left.checked_sub(amount as u64) {
-            Some(left) => self.left = left,
-            None => {
-                self.exceeded = true;
-                return Err(io::Error::other("the image is larger than is allowed"));
-            }
-        }
-        self.hasher.update(&buffer[..amount]);
-        Ok(amount)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use super::*;
-
-    fn decode(pieces: Vec<Vec<u8>>) -> (io::Result<Vec<u8>>, Digest) {
-        let (sender, mut feed) = mpsc::channel(64);
-        for piece in pieces {
-            sender.blocking_send(Feed::Chunk(piece.into())).unwrap();
-        }
-        sender.blocking_send(Feed::End).unwrap();
-        let mut incoming = Incoming::new(&mut feed, Digest::of(b"").hasher());
-        let mut plain = Vec::new();
-        let result = decoder(&mut incoming).and_then(|mut decoder| decoder.read_to_end(&mut plain));
-        incoming.drain();
-        (result.map(|_| plain), incoming.hasher.finish())
-    }
-
-    fn gzip(bytes: &[u8]) -> Vec<u8> {
-        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        encoder.write_all(bytes).unwrap();
-        encoder.finish().unwrap()
-    }
-
-    #[test]
-    fn compression_is_recognized_by_content_even_byte_by_byte() {
-        let plain = b"some archive".repeat(100);
-        for packed in [
-            plain.clone(),
-            gzip(&plain),
-            zstd::encode_all(plain.as_slice(), 3).unwrap(),
-        ] {
-            let digest = Digest::of(&packed);
-            let pieces = packed
-                .chunks(packed.len().div_ceil(60))
-                .map(<[u8]>::to_vec)
-                .collect();
-            let (decoded, found) = decode(pieces);
-            assert_eq!(decoded.unwrap(), plain);
-            assert_eq!(found, digest);
-        }
-    }
-
-    #[test]
-    fn gzip_members_and_zstd_frames_follow_each_other() {
-        let frames = [
-            zstd::encode_all(&b"ab"[..], 1).unwrap(),
-            zstd::encode_all(&b"cd"[..], 1).unwrap(),
-        ];
-        assert_eq!(decode(vec![frames.concat()]).0.unwrap(), b"abcd");
-        assert_eq!(
-            decode(vec![[gzip(b"ab"), gzip(b"cd")].concat()]).0.unwrap(),
-            b"abcd"
-        );
-    }
-
-    #[test]
-    fn what_is_shorter_than_a_magic_number_is_plain() {
-        assert_eq!(decode(vec![b"x".to_vec()]).0.unwrap(), b"x");
-        assert_eq!(decode(vec![]).0.unwrap(), b"");
-    }
-
-    #[test]
-    fn garbage_after_the_magic_number_is_an_error_and_still_hashed() {
-        let packed = [&[0x1f, 0x8b][..], &[0xff; 50]].concat();
-        let (decoded, found) = decode(vec![packed.clone()]);
-        assert!(decoded.is_err());
-        assert_eq!(found, Digest::of(&packed));
-    }
-
-    #[test]
-    fn a_download_that_goes_away_is_no_end() {
-        let (sender, mut feed) = mpsc::channel(4);
-        sender
-            .blocking_send(Feed::Chunk(Bytes::from_static(b"half")))
-            .unwrap();
-        drop(sender);
-        let mut incoming = Incoming::new(&mut feed, Digest::of(b"").hasher());
-        let mut read = Vec::new();
-        assert!(incoming.read_to_end(&mut read).is_err());
-        assert!(incoming.cut);
-    }
-
-    #[test]
-    fn a_bomb_is_stopped_at_the_budget() {
-        let inner = io::repeat(0);
-        let mut content = Uncompressed {
-            inner,
-            hasher: Digest::of(b"").hasher(),
-            left: 1 << 20,
-            exceeded: false,
+    /// Converts the layer that arrives through `feed` into the empty file `output`.
+    pub(crate) async fn convert(
+        &self,
+        layer: &Layer,
+        mut feed: mpsc::Receiver<Feed>,
+        output: &File,
+    ) -> Result<Converted, Failure> {
+        let (read_end, write_end) = pipe_into_process()?;
+        let request = Request::Convert {
+            limits: self.limits(),
+            diff_id: match layer.diff_id.sha256_hex() {
+                Some(_) => HashAlgorithm::Sha256,
+                None => HashAlgorithm::Sha512,
+            },
         };
-        let read = io::copy(&mut content, &mut io::sink());
-        assert!(read.is_err() && content.exceeded);
-        assert!(content.left <= 1 << 20);
+        let mut process = self.start(&request, &[read_end.as_fd(), output.as_fd()])?;
+        drop(read_end);
+        let mut pump = Pump {
+            hasher: layer.blob.digest.hasher(),
+            process: Some(write_end),
+        };
+        let fed = pump.run(&mut feed, &mut process).await;
+        let reply = match fed {
+            Fed::Cut => return Err(Failure::Cut),
+            Fed::Stopped(reply) => reply,
+            Fed::Whole(early) => {
+                // A layer that cannot be read may be another one than the manifest names; then that is what is wrong with it.
+                let found = pump.hasher.finish();
+                if found != layer.blob.digest {
+                    let reason = format!("layer {} has the digest {found}", layer.blob.digest);
+                    return Err(Failure::Refused(reason));
+                }
+                match early {
+                    Some(reply) => reply,
+                    None => process.reply().await?,
+                }
+            }
+        };
+        self.settle(layer, reply, output)
+    }
+
+    /// Judges what the process answered.
+    fn settle(&self, layer: &Layer, reply: Reply, output: &File) -> Result<Converted, Failure> {
+        let converted = match reply {
+            Reply::Converted(converted) => converted,
+            Reply::Failed { fault, message, .. } => {
+                return Err(self.failure(&layer.blob.digest, fault, message));
+            }
+            Reply::Composed(_) => return Err(strange("another question was answered")),
+        };
+        let diff_id = Digest::parse(&format!("{}:{}", layer.diff_id.algorithm(), converted.diff_id))
+            .ok_or_else(|| strange("its diff id is none"))?;
+        if diff_id != layer.diff_id {
+            let reason = format!(
+                "layer {} has the diff id {diff_id} instead of {}",
+                layer.blob.digest, layer.diff_id
+            );
+            return Err(Failure::Refused(reason));
+        }
+        check_length(output, converted.bytes)?;
+        Ok(converted)
+    }
+
+    /// Composes the metadata of an image of these converted layers into the empty file `output`.
+    pub(crate) async fn compose(
+        &self,
+        layers: &[(Digest, File)],
+        output: &File,
+    ) -> Result<Composed, Failure> {
+        let mut files = vec![output.as_fd()];
+        files.extend(layers.iter().map(|(_, file)| file.as_fd()));
+        let request = Request::Compose {
+            limits: self.limits(),
+        };
+        let mut process = self.start(&request, &files)?;
+        match process.reply().await? {
+            Reply::Composed(composed) => {
+                check_length(output, composed.bytes)?;
+                Ok(composed)
+            }
+            Reply::Failed {
+                fault,
+                layer,
+                message,
+            } => Err(match layers.get(layer) {
+                Some((digest, _)) => self.failure(digest, fault, message),
+                None => Failure::Process(io::Error::other(message)),
+            }),
+            Reply::Converted(_) => Err(strange("another question was answered")),
+        }
+    }
+
+    fn limits(&self) -> JobLimits {
+        JobLimits {
+            max_image_bytes: self.max_image_bytes,
+        }
+    }
+
+    fn failure(&self, digest: &Digest, fault: Fault, message: String) -> Failure {
+        let source = Box::new(Said(message));
+        match fault {
+            Fault::TooLarge => Failure::Refused(too_large(self.max_image_bytes, digest)),
+            Fault::Full => Failure::Full(source),
+            Fault::Layer | Fault::Limit | Fault::Host => Failure::Layer {
+                digest: digest.clone(),
+                hostile: fault != Fault::Host,
+                source,
+            },
+        }
+    }
+
+    fn start(&self, request: &Request, files: &[BorrowedFd<'_>]) -> Result<Process, Failure> {
+        let started = |error: io::Error| {
+            Failure::Process(io::Error::new(
+                error.kind(),
+                format!("start {}: {error}", self.program.display()),
+            ))
+        };
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        let child = Command::new(&self.program)
+            .env_clear()
+            .current_dir("/")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(started)?;
+        send(&ours, request, files)?;
+        ours.shutdown(std::net::Shutdown::Write)?;
+        ours.set_nonblocking(true)?;
+        Ok(Process {
+            socket: UnixStream::from_std(ours)?,
+            _child: child,
+        })
+    }
+}
+
+/// Why a layer is too much.
+pub(crate) fn too_large(max_image_bytes: u64, digest: &Digest) -> String {
+    format!("its layers are larger than {max_image_bytes} bytes when uncompressed, at layer {digest}")
+}
+
+/// The file system is believed more than the process.
+fn check_length(output: &File, said: u64) -> Result<(), Failure> {
+    if output.metadata()?.len() == said {
+        Ok(())
+    } else {
+        Err(strange("it wrote another number of bytes than it says"))
+    }
+}
+
+fn strange(what: &str) -> Failure {
+    Failure::Process(io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the converter's answer is unusable: {what}"),
+    ))
+}
+
+fn pipe_into_process() -> io::Result<(OwnedFd, pipe::Sender)> {
+    let (read_end, write_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    // Only for speed; an unprivileged daemon may be over its user's limit.
+    let _ = rustix::pipe::fcntl_setpipe_size(&write_end, PIPE_BYTES);
+    Ok((read_end, pipe::Sender::from_owned_fd(write_end)?))
+}
+
+fn send(
+    socket: &std::os::unix::net::UnixStream,
+    request: &Request,
+    files: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let bytes = serde_json::to_vec(request)?;
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if files.len() > DESCRIPTORS_MAX || !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{} files for one converter", files.len()),
+        ));
+    }
+    // The socket is empty, and the request is far smaller than its buffer.
+    let sent = sendmsg(
+        socket,
+        &[IoSlice::new(&bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    if sent == bytes.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
+}
+
+/// One converter. It is killed when this is dropped.
+struct Process {
+    socket: UnixStream,
+    _child: Child,
+}
+
+impl Process {
+    /// Waits for the answer, which is the end of the process.
+    async fn reply(&mut self) -> Result<Reply, Failure> {
+        let mut bytes = Vec::new();
+        let mut answer = (&mut self.socket).take(DOCUMENT_BYTES_MAX as u64);
+        match timeout(PROGRESS_DEADLINE, answer.read_to_end(&mut bytes)).await {
+            Ok(read) => read?,
+            Err(_) => return Err(late()),
+        };
+        if bytes.is_empty() {
+            return Err(strange("it ended without one"));
+        }
+        serde_json::from_slice(&bytes).map_err(|error| strange(&error.to_string()))
+    }
+}
+
+fn late() -> Failure {
+    Failure::Process(io::Error::new(
+        io::ErrorKind::TimedOut,
+        format!("the converter made no progress in {PROGRESS_DEADLINE:?}"),
+    ))
+}
+
+/// How feeding a process ended.
+enum Fed {
+    /// The download went away.
+    Cut,
+    /// All of the layer has come. The answer, if the process did not want all of it.
+    Whole(Option<Reply>),
+    /// More of it would only cost more.
+    Stopped(Reply),
+}
+
+/// The way of compressed bytes into the process.
+struct Pump {
+    hasher: Hasher,
+    /// Closed when there is no more, or when the process wants no more.
+    process: Option<pipe::Sender>,
+}
+
+impl Pump {
+    async fn run(&mut self, feed: &mut mpsc::Receiver<Feed>, process: &mut Process) -> Fed {
+        let mut early = None;
+        loop {
+            let chunk = match feed.recv().await {
+                Some(Feed::Chunk(chunk)) => chunk,
+                Some(Feed::End) => {
+                    self.process = None;
+                    return Fed::Whole(early);
+                }
+                None => return Fed::Cut,
+            };
+            self.hasher.update(&chunk);
+            let Some(pipe) = &mut self.process else {
+                continue;
+            };
+            match timeout(PROGRESS_DEADLINE, pipe.write_all(&chunk)).await {
+                Ok(Ok(())) => continue,
+                // It takes no more: its answer says why.
+                Ok(Err(_)) => self.process = None,
+                Err(_) => return Fed::Stopped(gone(&late())),
+            }
+            let reply = process.reply().await.unwrap_or_else(|failure| gone(&failure));
+            match reply {
+                Reply::Failed {
+                    fault: Fault::Limit | Fault::TooLarge | Fault::Full | Fault::Host,
+                    ..
+                } => return Fed::Stopped(reply),
+                reply => early = Some(reply),
+            }
+        }
+    }
+}
+
+fn gone(failure: &Failure) -> Reply {
+    let message = match failure {
+        Failure::Process(error) => error.to_string(),
+        other => format!("{other:?}"),
+    };
+    Reply::Failed {
+        fault: Fault::Host,
+        layer: 0,
+        message,
     }
 }

@@ -72,6 +72,16 @@ impl Digest {
         (found != *self).then_some(found)
     }
 
+    /// Name of the algorithm.
+    pub(crate) fn algorithm(&self) -> &'static str {
+        self.algorithm.name()
+    }
+
+    /// The digits: a safe file name.
+    pub(crate) fn hex(&self) -> &str {
+        &self.hex
+    }
+
     /// The digits, when it is a SHA-256 digest: the only kind that names images and their files.
     pub(crate) fn sha256_hex(&self) -> Option<&str> {
         (self.algorithm == Algorithm::Sha256).then_some(self.hex.as_str())

@@ -85,6 +85,9 @@ pub enum ImageError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The process that reads layers could not be started, or did not answer.
+    #[error("cannot have layers converted")]
+    Converter(#[source] io::Error),
     /// The index could not be read or written.
     #[error("cannot {doing} the image index {}", path.display())]
     Index {
@@ -120,6 +123,7 @@ impl ImageError {
             Self::Joined(error) => error.kind(),
             Self::Layer { .. }
             | Self::Io { .. }
+            | Self::Converter(_)
             | Self::Index { .. }
             | Self::Configuration(_)
             | Self::Interrupted(_) => ErrorKind::Internal,

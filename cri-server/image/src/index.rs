@@ -17,7 +17,9 @@ use crate::{Image, ImageConfig, ImageError, error::is_storage_full};
 
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
 /// Form of a record; a newer one is not guessed at.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
+/// That of stores in which every image was one file, which is read no more.
+const FLATTENED_SCHEMA: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
 struct Record {
@@ -50,8 +52,8 @@ impl Index {
         Ok(index)
     }
 
-    /// Every image; `disk_of` says where the file of an id is.
-    pub(crate) fn load(&mut self, disk_of: impl Fn(&str) -> PathBuf) -> Result<Vec<Image>, ImageError> {
+    /// Every image; `disk_of` says which files the disk of an id is made of.
+    pub(crate) fn load(&mut self, disk_of: impl Fn(&str) -> Vec<PathBuf>) -> Result<Vec<Image>, ImageError> {
         let path = self.path.clone();
         let records = self.with("read", |database| {
             let table = database.begin_read()?.open_table(IMAGES)?;
@@ -70,6 +72,11 @@ impl Index {
         let mut images = Vec::new();
         for (id, bytes) in records {
             let record: Record = serde_json::from_slice(&bytes).map_err(|error| unreadable(error.into()))?;
+            if record.schema == FLATTENED_SCHEMA {
+                // Whoever forgets images without files forgets this one, too.
+                images.push(record.into_image(Vec::new(), id));
+                continue;
+            }
             if record.schema != SCHEMA {
                 let reason = format!(
                     "record of schema {} for {id}, this version knows {SCHEMA}",
@@ -167,7 +174,7 @@ impl Record {
         }
     }
 
-    fn into_image(self, disk: PathBuf, id: String) -> Image {
+    fn into_image(self, disk: Vec<PathBuf>, id: String) -> Image {
         let pulled_at = UNIX_EPOCH
             .checked_add(Duration::from_millis(self.pulled_at_ms))
             .unwrap_or(SystemTime::UNIX_EPOCH);

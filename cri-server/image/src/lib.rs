@@ -1,22 +1,27 @@
-//! Images: from a registry to one read-only EROFS file each.
+//! Images: from a registry to one read-only disk each, of layers that images share.
 //!
 //! Owns the registry client, the image store and its index, conversion and garbage collection. Must not know CRI types, pods or VMs:
 //! it is told which images are in use. The content of an image is never mounted or unpacked on the host.
 //!
 //! ```text
-//! reference -> manifest -> [known? only names] -> layers: download -> digest -> decompress -> EROFS -> file -> index
+//! reference -> manifest -> [known? only names] -> each layer: [known?] download -> digest -> confined process: decompress -> EROFS -> file
+//!           -> confined process: compose metadata -> file -> index
 //! ```
 //!
 //! Everything that a registry sends is hostile until its digest is checked: sizes and counts have caps, every wait ends, and what is refused
 //! leaves nothing behind.
 
 mod auth_files;
+mod composition;
 mod conversion;
 mod digest;
 mod error;
+mod examination;
 mod flights;
 mod hosts;
 mod index;
+mod layering;
+mod layers;
 mod layout;
 mod manifest;
 mod pull;
@@ -30,9 +35,11 @@ mod verification;
 use std::{fmt, path::PathBuf, sync::Arc, time::SystemTime};
 
 pub use error::{ErrorKind, ImageError, RegistryError};
+pub use examination::{Damage, Examination, examine};
 pub use signature::{SignatureRule, SignatureRules};
 
 use crate::{
+    conversion::Converters,
     flights::{Flights, KeyedLocks},
     layout::Layout,
     pull::{Puller, blocking},
@@ -60,8 +67,10 @@ pub struct ImageStoreConfig {
     pub signatures: SignatureRules,
     /// More PEM files with certificate authorities. Read once, when the store is opened.
     pub ca_files: Vec<PathBuf>,
-    /// Largest uncompressed image in bytes: all layers together, and the file they become.
+    /// Largest uncompressed image in bytes: all layers together, and the disk they become.
     pub max_image_bytes: u64,
+    /// The program that reads layers, confined: `caisson-layer-converter`.
+    pub converter: PathBuf,
     /// A transfer without progress for this long is broken off.
     pub stall_deadline: std::time::Duration,
 }
@@ -109,14 +118,14 @@ pub struct Image {
     pub repo_tags: Vec<String>,
     /// `registry/repository@sha256:...` of the manifest (or index) it was pulled by, sorted.
     pub repo_digests: Vec<String>,
-    /// Bytes on the host's disk.
+    /// Bytes on the host's disk, layers that other images share included.
     pub size_bytes: u64,
     /// Never removed by garbage collection.
     pub pinned: bool,
     /// What its config says about running it.
     pub config: ImageConfig,
-    /// The EROFS file.
-    pub disk: PathBuf,
+    /// The files of its disk, which are an EROFS file system one behind the other: metadata, then layers, which other images may share.
+    pub disk: Vec<PathBuf>,
     /// When it was pulled.
     pub pulled_at: SystemTime,
 }
@@ -185,7 +194,9 @@ impl ImageStore {
             .await
             .map_err(|_| ImageError::Interrupted("opening the store"))??;
         let conversions = Arc::new(KeyedLocks::new());
+        let converters = Converters::new(config.converter.clone(), config.max_image_bytes);
         let puller = Puller {
+            converters,
             config,
             transport,
             policy: Arc::new(policy),
@@ -250,12 +261,15 @@ impl ImageStore {
     }
 
     /// Finds by id, unique id prefix, tag or digest reference. Familiar names are completed (`busybox` -> `docker.io/library/busybox:latest`).
-    #[expect(
-        clippy::unused_async,
-        reason = "callers must not depend on the list being in memory"
-    )]
+    /// An image of which a file is gone or cut is forgotten and not found: a pull repairs it.
     pub async fn get(&self, reference: &str) -> Result<Option<Image>, ImageError> {
-        self.puller.store.find(reference)
+        let Some(image) = self.puller.store.find(reference)? else {
+            return Ok(None);
+        };
+        blocking(&self.puller.store, "looking at an image's files", move |store| {
+            Ok(store.is_whole(&image)?.then_some(image))
+        })
+        .await
     }
 
     /// Every image, by id.
@@ -267,8 +281,8 @@ impl ImageStore {
         Ok(self.puller.store.images().values().cloned().collect())
     }
 
-    /// Removes the image that `reference` names, with all its tags and digests. Unknown: Ok. The EROFS file of an image in `in_use`
-    /// stays until the next [`ImageStore::collect`] without it.
+    /// Removes the image that `reference` names, with all its tags and digests. Unknown: Ok. The files of an image in `in_use`
+    /// stay until the next [`ImageStore::collect`] without it.
     pub async fn remove(&self, reference: &str, in_use: &[String]) -> Result<(), ImageError> {
         let Some(image) = self.puller.store.find(reference)? else {
             return Ok(());

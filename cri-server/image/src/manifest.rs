@@ -14,7 +14,7 @@ pub(crate) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 /// Largest image config in bytes.
 pub(crate) const MAX_CONFIG_BYTES: u64 = 8 << 20;
 /// Most layers of one image.
-pub(crate) const MAX_LAYERS: usize = 512;
+pub(crate) const MAX_LAYERS: usize = 127;
 
 /// The platform whose images can run here.
 pub(crate) const OS: &str = "linux";
@@ -415,7 +415,7 @@ mod tests {
         assert!(matches!(parse_json(&traversal), Err(Unusable::Refused(_))));
         let mut many = image_json();
         many["layers"] = json!(vec![many["layers"][0].clone(); MAX_LAYERS + 1]);
-        assert!(matches!(parse_json(&many), Err(Unusable::Refused(text)) if text.contains("513")));
+        assert!(matches!(parse_json(&many), Err(Unusable::Refused(text)) if text.contains("128")));
     }
 
     #[test]

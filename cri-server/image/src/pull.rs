@@ -5,21 +5,16 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use tempfile::NamedTempFile;
-use tokio::sync::mpsc;
-
 use crate::{
     Credentials, ErrorKind, Image, ImageError, ImageStoreConfig, RegistryError,
-    conversion::{self, Layer},
-    digest::Digest,
+    conversion::{self, Converters, Layer},
     flights::KeyedLocks,
     layout::Offer,
     manifest::{self, Document, Manifest, Unusable},
     reference::Reference,
     registry::{Endpoint, Fetched, Sources, Transport},
     signature::Policy,
-    store::{Names, Store, disk_of, failed},
-    transfer::{self, CHANNEL_CHUNKS},
+    store::{Names, Store},
     verification,
 };
 
@@ -31,8 +26,9 @@ pub(crate) struct Puller {
     /// Who must have signed what.
     pub(crate) policy: Arc<Policy>,
     pub(crate) store: Arc<Store>,
-    /// By registry and image id: two references to one image convert it once. Only within a registry, so that one which is slow on purpose
-    /// does not hold up an image that is also elsewhere.
+    pub(crate) converters: Converters,
+    /// By registry, and image id or layer digest: two references to one image, and two images with one layer, convert it once. Only within a
+    /// registry, so that one which is slow on purpose does not hold up what is also elsewhere.
     pub(crate) conversions: Arc<KeyedLocks<(String, String)>>,
 }
 
@@ -88,10 +84,10 @@ impl Puller {
     }
 }
 
-struct Pull {
-    puller: Puller,
-    reference: Reference,
-    sources: Sources,
+pub(crate) struct Pull {
+    pub(crate) puller: Puller,
+    pub(crate) reference: Reference,
+    pub(crate) sources: Sources,
 }
 
 impl Pull {
@@ -144,27 +140,42 @@ impl Pull {
         let config = config.map_err(|error| self.registry_error(error))?;
         let (config, diff_ids) = manifest::parse_config(config, manifest.layers.len())
             .map_err(|unusable| self.unusable("config", unusable))?;
-        let (file, size_bytes) = match self.content(&id).await? {
+        let layers = manifest.layers.iter().cloned().zip(diff_ids);
+        let layers: Vec<_> = layers.map(|(blob, diff_id)| Layer { blob, diff_id }).collect();
+        // Held until the image is listed, and with it the layers are needed.
+        let held = self.hold(&layers);
+        let composed = match self.content(&id).await? {
             // Left by an image that was removed while in use, or by a crash before it was listed.
-            Some(size) => (None, size),
-            None => {
-                let (file, size) = self.convert(manifest, diff_ids).await?;
-                (Some(file), size)
-            }
+            true => None,
+            false => match self.compose(&layers).await {
+                Ok(composed) => Some(composed),
+                Err(error) => {
+                    // Of an image that is refused no layer stays, the good ones neither.
+                    drop(held);
+                    self.blocking("collecting layers", |store| store.collect_layers())
+                        .await?;
+                    return Err(error);
+                }
+            },
         };
         let image = Image {
-            disk: disk_of(self.puller.store.root(), &id),
             id,
             repo_tags: Vec::new(),
             repo_digests: Vec::new(),
-            size_bytes,
+            // Both are the store's to say.
+            disk: Vec::new(),
+            size_bytes: 0,
             pinned: false,
             config,
             pulled_at: SystemTime::now(),
         };
         // Runs to its end even when nobody waits any more: either the image is complete, or there is none.
-        self.blocking("listing an image", move |store| store.add(image, &names, file))
-            .await
+        self.blocking("listing an image", move |store| {
+            let listed = store.add(image, &names, composed);
+            drop(held);
+            listed
+        })
+        .await
     }
 
     /// Compressed content that is larger than an image may be is not worth a download.
@@ -180,56 +191,7 @@ impl Pull {
         }
     }
 
-    async fn content(&self, id: &str) -> Result<Option<u64>, ImageError> {
-        let id = id.to_owned();
-        self.blocking("looking for content", move |store| Ok(store.content(&id)))
-            .await
-    }
-
-    async fn convert(
-        &self,
-        manifest: &Manifest,
-        diff_ids: Vec<Digest>,
-    ) -> Result<(NamedTempFile, u64), ImageError> {
-        let (temporary, output) = self
-            .blocking("making a file", |store| {
-                let temporary = store.new_file()?;
-                let output = temporary.as_file().try_clone();
-                let output = output.map_err(|source| failed("open", temporary.path(), source))?;
-                Ok((temporary, output))
-            })
-            .await?;
-        let layers: Vec<_> = manifest
-            .layers
-            .iter()
-            .cloned()
-            .zip(diff_ids)
-            .map(|(blob, diff_id)| Layer { blob, diff_id })
-            .collect();
-        let max = self.puller.config.max_image_bytes;
-        let (sink, feed) = mpsc::channel(CHANNEL_CHUNKS);
-        let span = tracing::Span::current();
-        let conversion = tokio::task::spawn_blocking(move || {
-            let _entered = span.enter();
-            conversion::convert(output, &layers, feed, max)
-        });
-        let downloaded = transfer::download(&self.sources, &manifest.layers, &sink).await;
-        // The conversion ends when nothing more can come.
-        drop(sink);
-        let converted = conversion
-            .await
-            .map_err(|_| ImageError::Interrupted("a conversion"))?;
-        match (converted, downloaded) {
-            (Ok(size), Ok(())) => Ok((temporary, size)),
-            // A refusal of content is the cause of everything after it; a cut is the consequence of the download's end.
-            (Err(conversion::Failure::Cut), Err(transfer::Failure::Registry(error)))
-            | (Ok(_), Err(transfer::Failure::Registry(error))) => Err(self.registry_error(error)),
-            (Err(failure), _) => Err(self.conversion_error(failure)),
-            (Ok(_), Err(transfer::Failure::ConverterGone)) => Err(ImageError::Interrupted("a conversion")),
-        }
-    }
-
-    async fn blocking<T: Send + 'static>(
+    pub(crate) async fn blocking<T: Send + 'static>(
         &self,
         what: &'static str,
         work: impl FnOnce(&Store) -> Result<T, ImageError> + Send + 'static,
@@ -237,14 +199,14 @@ impl Pull {
         blocking(&self.puller.store, what, work).await
     }
 
-    fn refused(&self, reason: String) -> ImageError {
+    pub(crate) fn refused(&self, reason: String) -> ImageError {
         ImageError::Content {
             image: self.reference.to_string(),
             reason,
         }
     }
 
-    fn registry_error(&self, source: RegistryError) -> ImageError {
+    pub(crate) fn registry_error(&self, source: RegistryError) -> ImageError {
         ImageError::Registry {
             image: self.reference.to_string(),
             source,
@@ -264,7 +226,7 @@ impl Pull {
         }
     }
 
-    fn conversion_error(&self, failure: conversion::Failure) -> ImageError {
+    pub(crate) fn conversion_error(&self, failure: conversion::Failure) -> ImageError {
         let path = self.puller.store.root().to_owned();
         match failure {
             conversion::Failure::Cut => ImageError::Interrupted("a download"),
@@ -280,11 +242,7 @@ impl Pull {
                 hostile,
                 source,
             },
-            conversion::Failure::Output(source) => ImageError::Io {
-                doing: "write an image in",
-                path,
-                source: std::io::Error::other(source),
-            },
+            conversion::Failure::Process(source) => ImageError::Converter(source),
         }
     }
 }

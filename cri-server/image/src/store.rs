@@ -1,13 +1,16 @@
 //! The directory of images: files, index, names.
 //!
 //! ```text
-//! root/index.redb               the images that exist, with names and configs
-//! root/images/<config hex>.erofs  content, complete and durable from the moment the name appears
-//! root/tmp/                     conversions in progress; swept at open
+//! root/index.redb                   the images that exist, with names and configs
+//! root/images/<config hex>.json     which layers an image is made of
+//! root/images/<config hex>.metadata its metadata, complete and durable from the moment the name appears
+//! root/layers/                      converted layers, shared by images
+//! root/tmp/                         conversions in progress; swept at open
 //! ```
 //!
-//! A file comes before its index entry and goes after it, so a crash in between leaves a file too much, never one too few. Everything here
-//! blocks, and is called on blocking threads, except the reads of the list in memory.
+//! Layers come before the images that have them, an image's files before its index entry, and they go the other way round: a crash in
+//! between leaves a file too much, never one too few. Everything here blocks, and is called on blocking threads, except the reads of the
+//! list in memory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,11 +24,14 @@ use std::{
 use tempfile::NamedTempFile;
 
 use crate::{
-    Image, ImageError, Usage, digest::is_lower_hex, error::is_storage_full, index::Index,
+    Image, ImageError, Usage,
+    composition::{Composed, Compositions, Disk},
+    digest::is_lower_hex,
+    error::is_storage_full,
+    index::Index,
+    layers::Layers,
     reference::Reference,
 };
-
-const SUFFIX: &str = ".erofs";
 
 /// The names that a pull gives an image.
 #[derive(Debug, Clone)]
@@ -39,6 +45,8 @@ pub(crate) struct Names {
 /// Files and index of one store.
 pub(crate) struct Store {
     root: PathBuf,
+    layers: Layers,
+    compositions: Compositions,
     /// Held over every change of files and index together.
     index: Mutex<Index>,
     /// What the index holds, for readers.
@@ -46,20 +54,27 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Opens or makes the directory, sweeps unfinished conversions, and forgets images whose file is gone.
+    /// Opens or makes the directory, sweeps unfinished conversions, and forgets images of which a file is gone or cut.
     pub(crate) fn open(root: &Path) -> Result<Self, ImageError> {
-        for directory in [root.to_owned(), root.join("images"), root.join("tmp")] {
+        let directories = ["", "images", "layers", "tmp"].map(|name| root.join(name));
+        for directory in directories {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&directory);
             made.map_err(|source| failed("make", &directory, source))?;
         }
         let mut index = Index::open(root.join("index.redb"))?;
         // The index is locked now: nobody else converts in there.
         sweep(&root.join("tmp"))?;
-        let loaded = index.load(|id| disk_of(root, id))?;
-        let (kept, lost): (Vec<_>, Vec<_>) = loaded.into_iter().partition(|image| image.disk.is_file());
+        let layers = Layers::open(root)?;
+        let compositions = Compositions::open(root)?;
+        let loaded = index.load(|id| {
+            compositions
+                .disk(id, &layers)
+                .map_or_else(Vec::new, |disk| disk.files)
+        })?;
+        let (kept, lost): (Vec<_>, Vec<_>) = loaded.into_iter().partition(|image| !image.disk.is_empty());
         if !lost.is_empty() {
             for image in &lost {
-                tracing::warn!(image.id, file = %image.disk.display(), "image.file_missing");
+                tracing::warn!(image.id, "image.not_whole");
             }
             let ids: Vec<_> = lost.iter().map(|image| image.id.as_str()).collect();
             index.change(&[], &ids)?;
@@ -67,6 +82,8 @@ impl Store {
         let images = kept.into_iter().map(|image| (image.id.clone(), image)).collect();
         Ok(Self {
             root: root.to_owned(),
+            layers,
+            compositions,
             index: Mutex::new(index),
             images: RwLock::new(Arc::new(images)),
         })
@@ -87,49 +104,62 @@ impl Store {
         NamedTempFile::new_in(&directory).map_err(|source| failed("make a file in", &directory, source))
     }
 
-    /// Length of the converted content of `id`, when it is there, listed or not.
-    pub(crate) fn content(&self, id: &str) -> Option<u64> {
-        let file = fs::symlink_metadata(disk_of(&self.root, id)).ok()?;
-        (file.is_file() && file.len() > 0).then_some(file.len())
+    /// The converted layers.
+    pub(crate) fn layers(&self) -> &Layers {
+        &self.layers
     }
 
-    /// Gives names to an image that is listed and whose file is there; nothing when it is not.
+    /// The disk of `id`, when it is whole, whether the image is listed or not.
+    pub(crate) fn content(&self, id: &str) -> Option<Disk> {
+        self.compositions.disk(id, &self.layers)
+    }
+
+    /// Whether an image's files are there and as long as they should be. One that is not whole is forgotten, so that it is pulled again.
+    pub(crate) fn is_whole(&self, image: &Image) -> Result<bool, ImageError> {
+        if self.content(&image.id).is_some() {
+            return Ok(true);
+        }
+        tracing::warn!(image.id, "image.not_whole");
+        self.remove(&image.id, &[])?;
+        Ok(false)
+    }
+
+    /// Gives names to an image that is listed and whose files are there; nothing when it is not.
     pub(crate) fn name(&self, id: &str, names: &Names) -> Result<Option<Image>, ImageError> {
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(image) = self
             .images()
             .get(id)
             .cloned()
-            .filter(|image| image.disk.is_file())
+            .filter(|image| self.content(&image.id).is_some())
         else {
             return Ok(None);
         };
         self.list(&mut index, image, names).map(Some)
     }
 
-    /// Lists an image whose content is `file`, or is in the store already when there is none.
+    /// Lists an image whose files are in the store, or get there out of `composed`.
     pub(crate) fn add(
         &self,
-        image: Image,
+        mut image: Image,
         names: &Names,
-        file: Option<NamedTempFile>,
+        composed: Option<Composed>,
     ) -> Result<Image, ImageError> {
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
-        let placed = file.is_some();
-        if let Some(file) = file {
-            file.persist(&image.disk)
-                .map_err(|error| failed("place", &image.disk, error.error))?;
-            let directory = self.root.join("images");
-            File::open(&directory)
-                .and_then(|directory| directory.sync_all())
-                .map_err(|source| failed("sync", &directory, source))?;
-        } else if !image.disk.is_file() {
-            return Err(failed("find", &image.disk, io::ErrorKind::NotFound.into()));
+        let placed = composed.is_some();
+        if let Some(composed) = composed {
+            self.compositions.put(&image.id, composed, self.new_file()?)?;
         }
-        let disk = image.disk.clone();
+        let disk = self.content(&image.id).ok_or_else(|| {
+            let path = self.compositions.metadata_path(&image.id);
+            failed("find", &path, io::ErrorKind::NotFound.into())
+        })?;
+        (image.disk, image.size_bytes) = (disk.files, disk.bytes);
+        let id = image.id.clone();
         let listed = self.list(&mut index, image, names);
         if listed.is_err() && placed {
-            unlink(&disk).unwrap_or_else(|error| tracing::warn!(%error, "image.left_behind"));
+            let deleted = self.compositions.delete(&id);
+            deleted.unwrap_or_else(|error| tracing::warn!(%error, "image.left_behind"));
         }
         listed
     }
@@ -184,35 +214,37 @@ impl Store {
         };
         index.change(&[], &[id])?;
         self.publish(images);
-        if in_use.iter().any(|used| used == id) {
-            Ok(())
-        } else {
-            unlink(&image.disk)
+        if !in_use.iter().any(|used| used == id) {
+            self.compositions.delete(&image.id)?;
         }
+        self.sweep_layers()
     }
 
     /// Deletes the files that are neither listed nor in use.
     pub(crate) fn collect(&self, in_use: &[String]) -> Result<(), ImageError> {
         let _changes = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         let images = self.images();
-        let needed: BTreeSet<&str> = images
-            .keys()
-            .map(String::as_str)
-            .chain(in_use.iter().map(String::as_str))
-            .collect();
-        let directory = self.root.join("images");
-        for entry in entries(&directory)? {
-            let name = entry.file_name();
-            let Some(hex) = name.to_str().and_then(|name| name.strip_suffix(SUFFIX)) else {
-                continue;
-            };
-            // Only what this store has put there; a stranger's file is not ours to judge.
-            if hex.len() == 64 && is_lower_hex(hex) && !needed.contains(format!("sha256:{hex}").as_str()) {
-                tracing::info!(image.id = %format_args!("sha256:{hex}"), "image.collected");
-                unlink(&entry.path())?;
+        for id in self.compositions.ids()? {
+            if !images.contains_key(&id) && !in_use.contains(&id) {
+                tracing::info!(image.id = id, "image.collected");
+                self.compositions.delete(&id)?;
             }
         }
-        Ok(())
+        self.sweep_layers()
+    }
+
+    /// Deletes the layers that no image has, listed or not, and no pull counts on.
+    pub(crate) fn collect_layers(&self) -> Result<(), ImageError> {
+        let _changes = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        self.sweep_layers()
+    }
+
+    fn sweep_layers(&self) -> Result<(), ImageError> {
+        let mut needed = BTreeSet::new();
+        for id in self.compositions.ids()? {
+            needed.extend(self.compositions.layers(&id));
+        }
+        self.layers.collect(&needed)
     }
 
     /// Finds by id, name or unique prefix of an id.
@@ -279,12 +311,6 @@ impl Store {
     }
 }
 
-/// Where the content of an image is. Ids are digests that were parsed, so the name is digits only.
-pub(crate) fn disk_of(root: &Path, id: &str) -> PathBuf {
-    let hex = id.strip_prefix("sha256:").unwrap_or(id);
-    root.join("images").join(format!("{hex}{SUFFIX}"))
-}
-
 fn insert_sorted(names: &mut Vec<String>, name: &str) {
     if let Err(at) = names.binary_search_by(|known| known.as_str().cmp(name)) {
         names.insert(at, name.to_owned());
@@ -307,10 +333,17 @@ pub(crate) fn failed(doing: &'static str, path: &Path, source: io::Error) -> Ima
     }
 }
 
-fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>, ImageError> {
+pub(crate) fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>, ImageError> {
     fs::read_dir(directory)
         .and_then(Iterator::collect)
         .map_err(|source| failed("list", directory, source))
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_directory(directory: &Path) -> Result<(), ImageError> {
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|source| failed("sync", directory, source))
 }
 
 fn sweep(directory: &Path) -> Result<(), ImageError> {
@@ -321,7 +354,7 @@ fn sweep(directory: &Path) -> Result<(), ImageError> {
     Ok(())
 }
 
-fn unlink(path: &Path) -> Result<(), ImageError> {
+pub(crate) fn unlink(path: &Path) -> Result<(), ImageError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("delete", path, error)),
         _ => Ok(()),

@@ -1,7 +1,6 @@
-//! Layers on their way from a registry to the converter: one at a time, bottom first, never whole in memory or on disk.
+//! Layers on their way from a registry to the converter, never whole in memory or on disk.
 //!
-//! The async side downloads, resumes what broke and counts; the conversion runs on a thread of its own and takes the bytes from a short
-//! channel, so a slow disk slows the download down.
+//! Downloads, resumes what broke and counts; the conversion takes the bytes from a short channel, so a slow disk slows the download down.
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -20,9 +19,9 @@ const MAX_BREAKS: u32 = 64;
 /// What the converter receives.
 #[derive(Debug)]
 pub(crate) enum Feed {
-    /// More of the current layer.
+    /// More of the layer.
     Chunk(Bytes),
-    /// The current layer is complete.
+    /// The layer is complete.
     End,
 }
 
@@ -41,24 +40,20 @@ impl From<RegistryError> for Failure {
     }
 }
 
-/// Downloads all layers in order into `sink`.
+/// Downloads a layer into `sink`.
 pub(crate) async fn download(
     sources: &Sources,
-    layers: &[Blob],
-    sink: &mpsc::Sender<Feed>,
+    layer: &Blob,
+    sink: mpsc::Sender<Feed>,
 ) -> Result<(), Failure> {
-    for layer in layers {
-        Download {
-            sources,
-            layer,
-            received: 0,
-            breaks: 0,
-        }
-        .run(sink)
-        .await?;
-        sink.send(Feed::End).await.map_err(|_| Failure::ConverterGone)?;
-    }
-    Ok(())
+    let download = Download {
+        sources,
+        layer,
+        received: 0,
+        breaks: 0,
+    };
+    download.run(&sink).await?;
+    sink.send(Feed::End).await.map_err(|_| Failure::ConverterGone)
 }
 
 struct Download<'a> {

@@ -41,6 +41,8 @@ pub const VMM: &str = "caisson-vmm";
 
 /// File name of the helper that serves shared volumes, looked for in the same places.
 pub const FILE_SERVER: &str = "caisson-file-server";
+/// The process that reads image layers.
+pub const LAYER_CONVERTER: &str = "caisson-layer-converter";
 
 const LIBEXEC: &str = "/usr/libexec/caisson";
 
@@ -335,6 +337,7 @@ impl Config {
             "cgroupDriver": self.daemon.cgroup_driver.as_str(),
             "cniConfDir": self.network.conf_dir,
             "cniPluginDirs": self.network.plugin_dirs,
+            "layerConverter": self.images.converter,
             "insecureRegistries": self.images.insecure_registries,
             "mirrors": self.images.mirrors,
             "hostsDirs": self.images.hosts_dirs,
@@ -479,6 +482,9 @@ fn images(top: &mut Section, daemon: &Daemon) -> ImageStoreConfig {
         ca_files: images.absolutes("ca_files", &[]),
         max_image_bytes: images.number::<u64>("max_image_mib", 32 << 10, 1..=1 << 24) << 20,
         stall_deadline: images.seconds("stall_deadline_seconds", 60, 1..=3600),
+        converter: images
+            .optional_absolute("converter")
+            .unwrap_or_else(|| beside_the_daemon(LAYER_CONVERTER)),
     })
 }
 

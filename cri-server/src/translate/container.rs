@@ -292,7 +292,7 @@ mod tests {
                 stop_signal: "SIGQUIT".into(),
                 ..Default::default()
             },
-            disk: "/images/1".into(),
+            disk: vec!["/images/1".into()],
             pulled_at: SystemTime::UNIX_EPOCH,
         }
     }

@@ -110,7 +110,7 @@ mod tests {
             size_bytes: 1,
             pinned: false,
             config: caisson_image::ImageConfig::default(),
-            disk: "/images/9".into(),
+            disk: vec!["/images/9".into()],
             pulled_at: SystemTime::UNIX_EPOCH,
         }
     }

@@ -3,9 +3,10 @@
 use std::{
     fs::{File, OpenOptions},
     os::unix::fs::FileTypeExt,
+    path::Path,
 };
 
-use crate::{Disk, HypervisorError, SERIAL_BYTES};
+use crate::{Disk, FILES_PER_DISK, HypervisorError, SERIAL_BYTES};
 
 /// Serials end up in a hypervisor's configuration and in the guest: 1 to [`SERIAL_BYTES`] letters, digits and hyphens.
 pub fn check_serial(serial: &str) -> Result<(), HypervisorError> {
@@ -23,17 +24,43 @@ pub fn check_serial(serial: &str) -> Result<(), HypervisorError> {
     }
 }
 
-/// Opens the file or block device behind `disk`, for writing only where the disk is writable.
-pub fn open(disk: &Disk) -> Result<File, HypervisorError> {
+/// Opens what is behind `disk`, in order, for writing only where the disk is writable.
+pub fn open(disk: &Disk) -> Result<Vec<File>, HypervisorError> {
     check_serial(&disk.serial)?;
+    if !(1..=FILES_PER_DISK).contains(&disk.files.len()) {
+        return Err(HypervisorError::Spec(format!(
+            "disk {} of {} files: 1 to {FILES_PER_DISK} are possible",
+            disk.serial,
+            disk.files.len()
+        )));
+    }
+    disk.files
+        .iter()
+        .map(|path| open_one(path, disk.read_only))
+        .collect()
+}
+
+/// Opens a disk that has to be one file.
+pub fn open_single(disk: &Disk) -> Result<File, HypervisorError> {
+    let mut files = open(disk)?;
+    match (files.pop(), files.is_empty()) {
+        (Some(file), true) => Ok(file),
+        _ => Err(HypervisorError::Spec(format!(
+            "disk {} is made of several files, which is possible only for one that is attached to a running VM",
+            disk.serial
+        ))),
+    }
+}
+
+fn open_one(path: &Path, read_only: bool) -> Result<File, HypervisorError> {
     let io = |what: &str, source| HypervisorError::Io {
-        what: format!("{what} disk {}", disk.path.display()),
+        what: format!("{what} disk {}", path.display()),
         source,
     };
     let file = OpenOptions::new()
         .read(true)
-        .write(!disk.read_only)
-        .open(&disk.path)
+        .write(!read_only)
+        .open(path)
         .map_err(|e| io("open", e))?;
     let kind = file.metadata().map_err(|e| io("inspect", e))?.file_type();
     if kind.is_file() || kind.is_block_device() {
@@ -41,7 +68,7 @@ pub fn open(disk: &Disk) -> Result<File, HypervisorError> {
     } else {
         Err(HypervisorError::Spec(format!(
             "disk {} is neither a file nor a block device",
-            disk.path.display()
+            path.display()
         )))
     }
 }
@@ -49,6 +76,21 @@ pub fn open(disk: &Disk) -> Result<File, HypervisorError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_has_as_many_files_as_a_hypervisor_takes() {
+        let disk = |count| Disk {
+            serial: "d".into(),
+            files: vec!["/dev/null".into(); count],
+            read_only: true,
+        };
+        for wrong in [0, FILES_PER_DISK + 1] {
+            let said = open(&disk(wrong)).unwrap_err().to_string();
+            assert!(said.contains("1 to 128"), "{said}");
+        }
+        let said = open(&disk(2)).unwrap_err().to_string();
+        assert!(said.contains("neither a file nor"), "{said}");
+    }
 
     #[test]
     fn serials_are_words_that_need_no_quoting() {

@@ -40,6 +40,8 @@ pub const OWNER_ENV: &str = "CAISSON_VM_ID";
 
 /// Longest virtio-blk serial in bytes (VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6).
 pub const SERIAL_BYTES: usize = 20;
+/// Most files that one disk is made of.
+pub const FILES_PER_DISK: usize = 128;
 
 /// What a driver needs to start a VM. Everything is decided by the caller; a driver adds nothing of its own policy.
 #[derive(Debug)]
@@ -99,9 +101,10 @@ pub struct Nic {
 pub struct Disk {
     /// How the agent finds it; at most [`SERIAL_BYTES`] bytes of `[A-Za-z0-9-]`.
     pub serial: String,
-    /// Raw image file.
-    pub path: PathBuf,
-    /// The device refuses writes, and the file is opened read-only.
+    /// One raw image file or block device, or several files that make one disk one behind the other; at most [`FILES_PER_DISK`], and
+    /// several only for disks that are attached to a running VM.
+    pub files: Vec<PathBuf>,
+    /// The device refuses writes, and the files are opened read-only.
     pub read_only: bool,
 }
 

@@ -225,7 +225,7 @@ impl Volumes {
                 });
                 let disk = Disk {
                     serial: serial.clone(),
-                    path: image.await?,
+                    files: vec![image.await?],
                     read_only: false,
                 };
                 live.disks.attach(live, disk, Holder::Pod).await?;
@@ -306,7 +306,7 @@ async fn block_device(
     let serial = format!("{kind}-{major}-{minor}");
     let attached = Disk {
         serial: serial.clone(),
-        path: path.path,
+        files: vec![path.path],
         read_only: disk.readonly,
     };
     live.disks.attach(live, attached, Holder::Container(id)).await?;

@@ -147,7 +147,10 @@ impl Hypervisor for Host {
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, HypervisorError> {
         self.enter("launch").await?;
         assert!(
-            spec.disks.iter().all(|disk| disk.path.exists()),
+            spec.disks
+                .iter()
+                .flat_map(|disk| &disk.files)
+                .all(|file| file.exists()),
             "a disk is missing"
         );
         assert!(spec.dir.is_dir());
@@ -401,7 +404,7 @@ pub fn container_of(name: &str, image: &str) -> spec::ContainerSpec {
             id: image.into(),
             user_reference: "busybox".into(),
             reference: "busybox".into(),
-            disk: "/images/busybox.erofs".into(),
+            disk: vec!["/images/busybox.erofs".into()],
         },
         guest: guest::ContainerSpec {
             process: Some(guest::Process {

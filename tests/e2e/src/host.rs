@@ -142,6 +142,7 @@ impl Host {
                 ]
                 .contains(&name)
                 || path.contains("/root/images/images/")
+                || path.contains("/root/images/layers/")
                 || path.contains("/templates/")
         };
         files.retain(|path| !own(path));

@@ -27,8 +27,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("caisson-cri-api", &[]),
     ("caisson-streaming", &[]),
-    ("caisson-image", &["caisson-erofs"]),
+    ("caisson-image", &["caisson-erofs", "caisson-layer-converter"]),
     ("caisson-erofs", &[]),
+    ("caisson-layer-converter", &["caisson-erofs"]),
     (
         "caisson-sandbox",
         &[
@@ -127,6 +128,7 @@ fn dependencies_point_one_way() -> Result<()> {
             "caisson-confinement",
             "caisson-devices",
             "caisson-file-server",
+            "caisson-layer-converter",
             "caisson-machine",
             "caisson-vhost-vsock",
             "caisson-vmm",

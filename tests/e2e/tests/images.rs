@@ -98,8 +98,9 @@ fn an_image_has_one_id_and_goes_with_its_tags() -> Result<()> {
             "removal by one tag left the other"
         );
         cri.remove_image(&two).await?;
-        let left: Vec<_> = std::fs::read_dir(host.dir().join("root/images/images"))
+        let left: Vec<_> = ["root/images/images", "root/images/layers"]
             .into_iter()
+            .flat_map(|dir| std::fs::read_dir(host.dir().join(dir)))
             .flatten()
             .flatten()
             .map(|entry| entry.file_name())

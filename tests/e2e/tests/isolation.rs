@@ -112,7 +112,10 @@ fn contents(dir: &std::path::Path) -> Result<std::collections::BTreeMap<std::pat
         let path = entry?.path();
         if path.is_dir() {
             found.append(&mut contents(&path)?);
-        } else if path.extension().is_some_and(|extension| extension == "erofs") {
+        } else if path
+            .extension()
+            .is_some_and(|extension| extension == "metadata" || extension == "layer")
+        {
             let content = fs::read(&path)?;
             found.insert(path, content);
         }

@@ -192,7 +192,7 @@ fn pulls_that_cannot_work_say_why_and_leave_nothing() -> Result<()> {
         let mut cri = daemon.cri().await?;
         let stored = || -> Result<Vec<String>> {
             let mut found = Vec::new();
-            for dir in ["root/images/images", "root/images/tmp"] {
+            for dir in ["root/images/images", "root/images/layers", "root/images/tmp"] {
                 for entry in fs::read_dir(host.dir().join(dir))?.flatten() {
                     found.push(entry.path().display().to_string());
                 }

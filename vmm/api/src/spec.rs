@@ -21,7 +21,7 @@ pub const MEMORY_MAX_MIB: u64 = 4 << 20;
 /// Most disks and NICs together, those to be attached later included: what one PCI bus holds less vsock, entropy, balloon and memory device.
 pub const DEVICES_MAX: usize = 128;
 /// Most files that one disk is made of.
-pub const FILES_PER_DISK_MAX: usize = 64;
+pub const FILES_PER_DISK_MAX: usize = 128;
 /// Most queue pairs of a NIC.
 pub const QUEUES_PER_NIC_MAX: usize = 16;
 

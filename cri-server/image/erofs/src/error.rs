@@ -37,22 +37,20 @@ pub enum ErofsError {
         /// What the reader said.
         source: io::Error,
     },
-    /// The image file could not be written.
-    #[error("{operation} the image file")]
+    /// The output could not be written.
+    #[error("write the output")]
     Output {
-        /// What was tried.
-        operation: &'static str,
         /// What the file system said.
         source: io::Error,
     },
-    /// The output has something in it already.
-    #[error("image file is not empty: {bytes} bytes")]
-    OutputNotEmpty {
-        /// Its length.
-        bytes: u64,
+    /// A converted layer could not be read back, or is not one.
+    #[error("read a converted layer")]
+    Converted {
+        /// What the file system said, or what is wrong with it.
+        source: io::Error,
     },
     /// A layer failed before, so the image is not whole.
-    #[error("image builder already failed")]
+    #[error("a layer of the image failed before")]
     AlreadyFailed,
 }
 
@@ -65,7 +63,7 @@ pub enum ErrorKind {
     Limit,
     /// The reader that we were given; it knows whether the bytes or their transport were bad.
     Input,
-    /// The host: disk full, input or output errors, a builder used after a failure.
+    /// The host: disk full, input or output errors, a converted layer that is damaged.
     Host,
 }
 
@@ -76,7 +74,7 @@ impl ErofsError {
             Self::Archive { .. } | Self::Entry { .. } => ErrorKind::Layer,
             Self::Limit { .. } => ErrorKind::Limit,
             Self::Input { .. } => ErrorKind::Input,
-            Self::Output { .. } | Self::OutputNotEmpty { .. } | Self::AlreadyFailed => ErrorKind::Host,
+            Self::Output { .. } | Self::Converted { .. } | Self::AlreadyFailed => ErrorKind::Host,
         }
     }
 

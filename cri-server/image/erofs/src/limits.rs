@@ -1,9 +1,9 @@
 //! How much a set of layers may cost, and nothing about where that is counted.
 
-/// Caps on one image, enforced while its layers stream in.
+/// Caps on one image, enforced while a layer streams in, and again over all layers while they are composed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Largest image file in bytes: data and metadata written, contents that a later layer replaced included.
+    /// Largest image in bytes: metadata and all layers, contents that a later layer replaced included.
     pub max_image_bytes: u64,
     /// Most archive entries over all layers; each layer, and each directory made for an entry without one, counts as one more.
     pub max_entries: u64,

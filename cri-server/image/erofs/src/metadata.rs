@@ -1,9 +1,11 @@
-//! Where the tree goes in the image: blocks of directories and of long link targets first, then one area with all inodes, the root
-//! first, in the order of a walk by name.
+//! Where the tree goes in the image: the superblock, blocks of directories and of long link targets, then one area with all inodes, the
+//! root first, in the order of a walk by name. Contents lie behind all that.
 //!
 //! Two passes over the tree: the first gives every inode its place, which directories need for their entries; the second writes.
 
-use crate::error::{ErofsError, LimitKind};
+use std::io::Write;
+
+use crate::error::ErofsError;
 use crate::layout::{
     BLOCK, DirectoryEntry, ExtendedInode, FileType, INODE_BYTES, INODE_SLOT, NO_BLOCK, Superblock,
     XATTR_HEADER_BYTES, directory_block, directory_bytes,
@@ -26,50 +28,23 @@ struct Placed {
 }
 
 /// The image's metadata, planned.
-struct Plan {
+pub(crate) struct Plan {
     placed: Vec<Placed>,
     /// By inode: its place in the metadata area.
     offsets: Vec<u64>,
     /// End of the metadata area.
     end: u64,
-    /// Blocks before it.
+    /// Blocks between the superblock and it.
     blocks: u64,
 }
 
+/// The superblock's.
+const FIRST_BLOCK: u64 = 1;
+
 const NOT_PLACED: u64 = u64::MAX;
 
-/// Writes all metadata but the superblock, and answers that.
-pub(crate) fn write(tree: &Tree, output: &mut Output) -> Result<Superblock, ErofsError> {
-    let first_block = output.next_block();
-    let plan = Plan::new(tree, first_block);
-    let metadata_block = first_block + plan.blocks;
-    let end = metadata_block * BLOCK + plan.end;
-    output.check_room(end - output.position())?;
-    let too_large = ErofsError::Limit {
-        what: LimitKind::ImageBytes,
-        limit: u64::from(u32::MAX) * BLOCK,
-    };
-    let (Ok(blocks), Ok(metadata)) = (u32::try_from(end.div_ceil(BLOCK)), u32::try_from(metadata_block))
-    else {
-        return Err(too_large);
-    };
-    for placed in &plan.placed {
-        write_blocks(tree, &plan, placed, output)?;
-    }
-    for (number, placed) in (1..).zip(&plan.placed) {
-        output.pad_to(metadata_block * BLOCK + placed.offset)?;
-        write_inode(tree, &plan, placed, number, output)?;
-    }
-    Ok(Superblock {
-        root_nid: (plan.offset(ROOT) / INODE_SLOT) as u16,
-        inodes: plan.placed.len() as u64,
-        blocks,
-        metadata_block: metadata,
-    })
-}
-
 impl Plan {
-    fn new(tree: &Tree, first_block: u64) -> Self {
+    pub(crate) fn new(tree: &Tree) -> Self {
         // Number 0 means "none" to readers, so the first slot stays empty.
         let offsets = vec![NOT_PLACED; tree.capacity()];
         let mut plan = Self {
@@ -84,7 +59,7 @@ impl Plan {
             if plan.offset(id) != NOT_PLACED {
                 continue;
             }
-            plan.place(tree.inode(id), id, first_block);
+            plan.place(tree.inode(id), id);
             if let Some(directory) = tree.directory(id) {
                 to_visit.extend(directory.children.values().rev().map(|link| link.inode));
             }
@@ -92,7 +67,46 @@ impl Plan {
         plan
     }
 
-    fn place(&mut self, inode: &Inode, id: InodeId, first_block: u64) {
+    /// Files in the image.
+    pub(crate) fn inodes(&self) -> u64 {
+        self.placed.len() as u64
+    }
+
+    /// Blocks of all metadata: where contents begin.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.metadata_block() + self.end.div_ceil(BLOCK)
+    }
+
+    fn metadata_block(&self) -> u64 {
+        FIRST_BLOCK + self.blocks
+    }
+
+    /// Writes all metadata; so many blocks of contents follow it. The caller has checked that the output has room for both, so that every
+    /// block's number fits.
+    pub(crate) fn write<W: Write>(
+        &self,
+        tree: &Tree,
+        contents: u64,
+        output: &mut Output<W>,
+    ) -> Result<(), ErofsError> {
+        let superblock = Superblock {
+            root_nid: (self.offset(ROOT) / INODE_SLOT) as u16,
+            inodes: self.inodes(),
+            blocks: (self.blocks() + contents) as u32,
+            metadata_block: self.metadata_block() as u32,
+        };
+        output.append(&superblock.encode())?;
+        for placed in &self.placed {
+            write_blocks(tree, self, placed, output)?;
+        }
+        for (number, placed) in (1..).zip(&self.placed) {
+            output.pad_to(self.metadata_block() * BLOCK + placed.offset)?;
+            write_inode(tree, self, placed, number, output)?;
+        }
+        output.pad()
+    }
+
+    fn place(&mut self, inode: &Inode, id: InodeId) {
         let size = match &inode.node {
             Node::Directory(directory) => directory_bytes(names(directory).into_iter()),
             Node::Symlink(target) => target.len() as u64,
@@ -113,7 +127,7 @@ impl Plan {
             offset = offset.next_multiple_of(BLOCK);
         }
         self.end = offset + fixed + if inline_tail { tail } else { 0 };
-        let start = first_block + self.blocks;
+        let start = FIRST_BLOCK + self.blocks;
         self.blocks += blocks;
         if let Some(slot) = self.offsets.get_mut(id as usize) {
             *slot = offset;
@@ -162,7 +176,12 @@ fn names(directory: &Directory) -> Vec<&[u8]> {
     names
 }
 
-fn write_blocks(tree: &Tree, plan: &Plan, placed: &Placed, output: &mut Output) -> Result<(), ErofsError> {
+fn write_blocks<W: Write>(
+    tree: &Tree,
+    plan: &Plan,
+    placed: &Placed,
+    output: &mut Output<W>,
+) -> Result<(), ErofsError> {
     if placed.blocks == 0 {
         return Ok(());
     }
@@ -173,25 +192,25 @@ fn write_blocks(tree: &Tree, plan: &Plan, placed: &Placed, output: &mut Output) 
             for _ in 0..placed.blocks {
                 let (block, left) = directory_block(rest);
                 output.append(&block)?;
-                output.pad_to(output.position().next_multiple_of(BLOCK))?;
+                output.pad()?;
                 rest = left;
             }
             Ok(())
         }
         Node::Symlink(target) => {
             output.append(target)?;
-            output.pad_to(output.position().next_multiple_of(BLOCK))
+            output.pad()
         }
         _ => Ok(()),
     }
 }
 
-fn write_inode(
+fn write_inode<W: Write>(
     tree: &Tree,
     plan: &Plan,
     placed: &Placed,
     number: u32,
-    output: &mut Output,
+    output: &mut Output<W>,
 ) -> Result<(), ErofsError> {
     let inode = tree.inode(placed.inode);
     let attributes = &inode.attributes;
@@ -202,7 +221,8 @@ fn write_inode(
     };
     let (size, address) = match inode.node {
         Node::Regular { size: 0, .. } => (0, NO_BLOCK),
-        Node::Regular { size, start } => (size, start),
+        // Fits: see [`Plan::write`].
+        Node::Regular { size, start } => (size, (plan.blocks() + u64::from(start)) as u32),
         Node::Char(device) | Node::Block(device) => (0, device),
         Node::Fifo => (0, 0),
         _ => (placed.size, start),

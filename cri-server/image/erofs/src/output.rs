@@ -1,52 +1,34 @@
-//! The image file: written once from front to back through one buffer, and holes where contents turned out not to be needed.
+//! What is written: once, from front to back, through one buffer.
 //!
 //! Knows blocks and the size limit, and nothing of what is in them.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
+use std::io::{self, Write};
 
 use crate::error::{ErofsError, LimitKind};
 use crate::layout::BLOCK;
 
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Consecutive blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Extent {
-    pub(crate) start: u64,
-    pub(crate) blocks: u64,
-}
-
 /// The file that is being written.
-pub(crate) struct Output {
-    file: File,
+pub(crate) struct Output<W> {
+    sink: W,
     buffer: Box<[u8]>,
     filled: usize,
-    /// Where the buffer goes in the file.
+    /// Bytes that the sink has.
     flushed: u64,
     limit: u64,
 }
 
-impl Output {
-    /// Starts after block 0, which is written last.
-    pub(crate) fn new(file: File, limit: u64) -> Result<Self, ErofsError> {
-        let bytes = file.metadata().map_err(|source| failed("examine", source))?.len();
-        if bytes != 0 {
-            return Err(ErofsError::OutputNotEmpty { bytes });
-        }
-        // More blocks than that have no address.
-        let limit = limit.min(u64::from(u32::MAX - 1) * BLOCK);
-        Ok(Self {
-            file,
+impl<W: Write> Output<W> {
+    pub(crate) fn new(sink: W, limit: u64) -> Self {
+        Self {
+            sink,
             buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             filled: 0,
-            flushed: BLOCK,
-            limit,
-        })
+            flushed: 0,
+            // More blocks than that have no address.
+            limit: limit.min(u64::from(u32::MAX - 1) * BLOCK),
+        }
     }
 
     /// Where the next byte goes.
@@ -102,6 +84,11 @@ impl Output {
             self.filled += length;
             left -= length as u64;
         }
+        self.pad()
+    }
+
+    /// Fills up the last block with zeros.
+    pub(crate) fn pad(&mut self) -> Result<(), ErofsError> {
         self.pad_to(self.position().next_multiple_of(BLOCK))
     }
 
@@ -119,57 +106,12 @@ impl Output {
         Ok(())
     }
 
-    /// Gives the blocks of these extents back to the host and makes them read as zeros.
-    pub(crate) fn punch(&mut self, mut extents: Vec<Extent>) -> Result<(), ErofsError> {
-        if extents.is_empty() {
-            return Ok(());
-        }
+    /// Writes what is buffered; answers the sink and how much it has got, whole blocks.
+    pub(crate) fn finish(mut self) -> Result<(W, u64), ErofsError> {
+        self.pad()?;
         self.flush()?;
-        extents.sort_unstable();
-        for Extent { start, blocks } in merge(extents) {
-            self.punch_one(start * BLOCK, blocks * BLOCK)?;
-        }
-        Ok(())
-    }
-
-    /// Writes what is buffered, then block 0; answers the file and its length.
-    pub(crate) fn finish(mut self, first_block: &[u8; BLOCK as usize]) -> Result<(File, u64), ErofsError> {
-        self.pad_to(self.position().next_multiple_of(BLOCK))?;
-        self.flush()?;
-        self.file
-            .write_all_at(first_block, 0)
-            .map_err(|source| failed("write the superblock of", source))?;
-        Ok((self.file, self.flushed))
-    }
-
-    fn punch_one(&mut self, offset: u64, length: u64) -> Result<(), ErofsError> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        loop {
-            match fallocate(&self.file, flags, offset, length) {
-                Ok(()) => return Ok(()),
-                Err(Errno::INTR) => {}
-                // Same bytes on every file system, only not as sparse.
-                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return self.overwrite_with_zeros(offset, length),
-                Err(errno) => return Err(failed("punch a hole into", errno.into())),
-            }
-        }
-    }
-
-    fn overwrite_with_zeros(&mut self, mut offset: u64, mut length: u64) -> Result<(), ErofsError> {
-        // The buffer is empty here: it was flushed before.
-        self.buffer.fill(0);
-        while length > 0 {
-            let part = self
-                .buffer
-                .get(..length.min(BUFFER_BYTES as u64) as usize)
-                .unwrap_or_default();
-            self.file
-                .write_all_at(part, offset)
-                .map_err(|source| failed("clear blocks of", source))?;
-            offset += part.len() as u64;
-            length -= part.len() as u64;
-        }
-        Ok(())
+        self.sink.flush().map_err(failed)?;
+        Ok((self.sink, self.flushed))
     }
 
     /// The free part of the buffer, never empty.
@@ -182,29 +124,15 @@ impl Output {
 
     fn flush(&mut self) -> Result<(), ErofsError> {
         let bytes = self.buffer.get(..self.filled).unwrap_or_default();
-        self.file
-            .write_all_at(bytes, self.flushed)
-            .map_err(|source| failed("write", source))?;
+        self.sink.write_all(bytes).map_err(failed)?;
         self.flushed += self.filled as u64;
         self.filled = 0;
         Ok(())
     }
 }
 
-/// Neighbouring extents, sorted, as one.
-fn merge(sorted: Vec<Extent>) -> Vec<Extent> {
-    let mut merged: Vec<Extent> = Vec::new();
-    for extent in sorted {
-        match merged.last_mut() {
-            Some(last) if last.start + last.blocks == extent.start => last.blocks += extent.blocks,
-            _ => merged.push(extent),
-        }
-    }
-    merged
-}
-
-fn failed(operation: &'static str, source: io::Error) -> ErofsError {
-    ErofsError::Output { operation, source }
+fn failed(source: io::Error) -> ErofsError {
+    ErofsError::Output { source }
 }
 
 #[cfg(test)]
@@ -212,26 +140,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbouring_extents_become_one_hole() {
-        let extent = |start, blocks| Extent { start, blocks };
-        assert_eq!(
-            merge(vec![extent(1, 2), extent(3, 1), extent(5, 1)]),
-            [extent(1, 3), extent(5, 1)]
+    fn what_is_appended_comes_out_in_whole_blocks() {
+        let mut output = Output::new(Vec::new(), 1 << 30);
+        output.append(b"head").unwrap();
+        output.pad().unwrap();
+        assert_eq!(output.next_block(), 1);
+        let mut next = 0u8;
+        let fill = |part: &mut [u8]| {
+            part.iter_mut().for_each(|byte| {
+                *byte = next;
+                next = next.wrapping_add(1);
+            });
+            Ok(())
+        };
+        output.append_blocks(BUFFER_BYTES as u64 + 1, fill).unwrap();
+        let (bytes, length) = output.finish().unwrap();
+        assert_eq!(length, bytes.len() as u64);
+        assert_eq!(length, BUFFER_BYTES as u64 + 2 * BLOCK);
+        let (head, contents) = bytes.split_at(BLOCK as usize);
+        assert!(head.starts_with(b"head\0\0"));
+        assert!(
+            contents
+                .iter()
+                .take(1000)
+                .enumerate()
+                .all(|(i, byte)| *byte == i as u8)
         );
     }
 
     #[test]
-    fn zeros_are_written_where_holes_cannot_be_punched() {
-        let mut output = Output::new(tempfile::tempfile().unwrap(), 1 << 30).unwrap();
-        output.append(&[7; 3 * BLOCK as usize]).unwrap();
-        output.flush().unwrap();
-        output.overwrite_with_zeros(2 * BLOCK, BLOCK).unwrap();
-        let mut bytes = vec![0; 3 * BLOCK as usize];
-        output.file.read_exact_at(&mut bytes, BLOCK).unwrap();
-        let blocks: Vec<bool> = bytes
-            .chunks(BLOCK as usize)
-            .map(|b| b.iter().all(|b| *b == 0))
-            .collect();
-        assert_eq!(blocks, [false, true, false]);
+    fn the_limit_counts_the_padding() {
+        let mut output = Output::new(Vec::new(), 2 * BLOCK);
+        output.append(b"x").unwrap();
+        output.pad().unwrap();
+        assert!(output.check_room(BLOCK).is_ok());
+        assert!(output.append(&[0; BLOCK as usize + 1]).is_err());
     }
 }

@@ -33,7 +33,7 @@ pub(crate) struct Attributes {
 
 impl Attributes {
     /// Those of directories that no layer has an entry for.
-    fn implicit() -> Self {
+    pub(crate) fn implicit() -> Self {
         let mtime = Timestamp::default();
         Self {
             permissions: 0o755,
@@ -48,7 +48,7 @@ impl Attributes {
 /// What a file is.
 #[derive(Debug)]
 pub(crate) enum Node {
-    /// Contents in consecutive blocks from `start`; the start of an empty file means nothing.
+    /// Contents in consecutive blocks from `start`, counted from the first block of all layers; the start of an empty file means nothing.
     Regular {
         size: u64,
         start: u32,
@@ -90,13 +90,6 @@ pub(crate) struct Inode {
     pub(crate) links: u32,
 }
 
-/// Contents of a file that is no longer in the image.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Orphan {
-    pub(crate) start: u32,
-    pub(crate) size: u64,
-}
-
 /// All files.
 pub(crate) struct Tree {
     inodes: Vec<Inode>,
@@ -109,7 +102,6 @@ pub(crate) struct Tree {
     bytes: u64,
     max_bytes: u64,
     pub(crate) link_steps: u64,
-    orphans: Vec<Orphan>,
 }
 
 impl Tree {
@@ -134,7 +126,6 @@ impl Tree {
             bytes: 0,
             max_bytes: MAX_TREE_BYTES,
             link_steps: 0,
-            orphans: Vec::new(),
         }
     }
 
@@ -174,11 +165,6 @@ impl Tree {
     /// Inodes in use or ever used: every [`InodeId`] is below that.
     pub(crate) fn capacity(&self) -> usize {
         self.inodes.len()
-    }
-
-    /// Contents that became unused since the last call.
-    pub(crate) fn take_orphans(&mut self) -> Vec<Orphan> {
-        std::mem::take(&mut self.orphans)
     }
 
     pub(crate) fn set_root_attributes(&mut self, attributes: Attributes) -> Result<(), Refusal> {
@@ -381,17 +367,13 @@ impl Tree {
             }
             self.bytes -= inode.cost();
             inode.attributes.xattrs = Box::default();
-            match std::mem::replace(&mut inode.node, Node::Free) {
-                Node::Directory(directory) => {
-                    self.bytes -= directory
-                        .children
-                        .keys()
-                        .map(|name| name.len() as u64)
-                        .sum::<u64>();
-                    released.extend(directory.children.values().map(|link| link.inode));
-                }
-                Node::Regular { size, start } if size > 0 => self.orphans.push(Orphan { start, size }),
-                _ => {}
+            if let Node::Directory(directory) = std::mem::replace(&mut inode.node, Node::Free) {
+                self.bytes -= directory
+                    .children
+                    .keys()
+                    .map(|name| name.len() as u64)
+                    .sum::<u64>();
+                released.extend(directory.children.values().map(|link| link.inode));
             }
             self.free.push(id);
         }

@@ -8,9 +8,9 @@
 
 mod support;
 
-use caisson_erofs::{ArchiveProblem, EntryProblem, ErofsError, ErrorKind, ImageBuilder, LimitKind, Limits};
+use caisson_erofs::{ArchiveProblem, Composer, EntryProblem, ErofsError, ErrorKind, LimitKind, Limits};
 use support::layer::{Layer, Meta, mode, pax_records};
-use support::{build, build_with};
+use support::{ImageBuilder, build, build_with};
 use tar::EntryType;
 
 fn archive_problem(layer: Vec<u8>) -> ArchiveProblem {
@@ -375,12 +375,18 @@ fn metadata_counts_against_the_image_as_well() {
 
 #[test]
 fn after_a_failure_every_further_call_fails() {
-    let mut builder = ImageBuilder::new(tempfile::tempfile().unwrap(), Limits::default()).unwrap();
-    builder
-        .layer(&b"not an archive, and long enough for a header".repeat(20)[..])
-        .unwrap_err();
-    assert!(matches!(builder.layer(&b""[..]), Err(ErofsError::AlreadyFailed)));
-    assert!(matches!(builder.finish(), Err(ErofsError::AlreadyFailed)));
+    let bad = Layer::new().file("f", "x").dir("f/d", 0o755).finish();
+    let (bad, _) =
+        caisson_erofs::convert_layer(bad.as_slice(), tempfile::tempfile().unwrap(), &Limits::default())
+            .unwrap();
+    let mut composer = Composer::new(Limits::default());
+    let error = composer.layer(&bad).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Layer);
+    assert!(matches!(composer.layer(&bad), Err(ErofsError::AlreadyFailed)));
+    assert!(matches!(
+        composer.finish(Vec::new()),
+        Err(ErofsError::AlreadyFailed)
+    ));
 }
 
 #[test]
@@ -424,23 +430,21 @@ fn a_failing_reader_and_a_failing_host_are_told_from_a_bad_layer() {
             Err(std::io::Error::other("connection reset"))
         }
     }
-    let mut builder = ImageBuilder::new(tempfile::tempfile().unwrap(), Limits::default()).unwrap();
+    let mut builder = ImageBuilder::new(Limits::default());
     let error = builder.layer(Broken).unwrap_err();
     assert_eq!((error.kind(), error.is_hostile()), (ErrorKind::Input, false));
 
-    let full = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/full")
-        .unwrap();
-    let mut builder = ImageBuilder::new(full, Limits::default()).unwrap();
-    let error = builder
-        .layer(Layer::new().file("a", vec![1; 3 << 20]).finish().as_slice())
-        .unwrap_err();
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let layer = Layer::new().file("a", vec![1; 3 << 20]).finish();
+    let error = caisson_erofs::convert_layer(layer.as_slice(), full, &Limits::default()).unwrap_err();
     assert_eq!((error.kind(), error.is_hostile()), (ErrorKind::Host, false));
 
-    let mut used = tempfile::tempfile().unwrap();
-    std::io::Write::write_all(&mut used, b"x").unwrap();
-    let error = ImageBuilder::new(used, Limits::default()).err().unwrap();
-    assert_eq!(error.kind(), ErrorKind::Host);
+    let error = Composer::new(Limits::default())
+        .layer(&tempfile::tempfile().unwrap())
+        .unwrap_err();
+    assert_eq!(
+        error.kind(),
+        ErrorKind::Host,
+        "an empty file is no converted layer"
+    );
 }

@@ -10,7 +10,7 @@ mod support;
 
 use caisson_erofs::Limits;
 use support::layer::{Layer, Meta, mode, pax_records};
-use support::{build, build_with, files};
+use support::{ImageBuilder, build, build_with, files};
 use tar::EntryType;
 
 fn names(files: &support::reader::Files) -> Vec<&str> {
@@ -306,15 +306,14 @@ fn equal_layers_give_equal_images_however_they_are_read() {
             .file("z", vec![1; 5000])
             .finish(),
     ];
-    let mut builder =
-        caisson_erofs::ImageBuilder::new(tempfile::tempfile().unwrap(), Limits::default()).unwrap();
+    let mut builder = ImageBuilder::new(Limits::default());
     for layer in &layers {
         builder.layer(Dribble(layer)).unwrap();
     }
     let mut dribbled = Vec::new();
-    let mut file = builder.finish().unwrap().file;
-    std::io::Seek::rewind(&mut file).unwrap();
-    std::io::Read::read_to_end(&mut file, &mut dribbled).unwrap();
+    for mut part in builder.finish().unwrap().0 {
+        std::io::Read::read_to_end(&mut part, &mut dribbled).unwrap();
+    }
     assert_eq!(build(&layers).unwrap(), dribbled);
 }
 
@@ -324,45 +323,45 @@ fn the_reader_is_drained_behind_the_end_of_the_archive() {
     layer.resize(300_000, 0);
     layer.extend(Layer::new().file("hidden", "x").finish());
     let mut reader = layer.as_slice();
-    let mut builder =
-        caisson_erofs::ImageBuilder::new(tempfile::tempfile().unwrap(), Limits::default()).unwrap();
+    let mut builder = ImageBuilder::new(Limits::default());
     let summary = builder.layer(&mut reader).unwrap();
     assert_eq!((summary.entries, summary.data_bytes, reader.len()), (1, 1, 0));
-    assert_eq!(builder.finish().unwrap().inodes, 2);
+    assert_eq!(builder.finish().unwrap().1.inodes, 2);
 }
 
 #[test]
-fn replaced_contents_give_their_blocks_back() {
-    use std::os::unix::fs::MetadataExt;
-    let limits = Limits::default();
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("image");
-    let open = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .unwrap();
-    let mut builder = caisson_erofs::ImageBuilder::new(open, limits).unwrap();
-    builder
-        .layer(Layer::new().file("big", vec![0xaa; 8 << 20]).finish().as_slice())
-        .unwrap();
-    builder
-        .layer(
-            Layer::new()
-                .file(".wh.big", "")
-                .file("small", "x")
-                .finish()
-                .as_slice(),
-        )
-        .unwrap();
-    let summary = builder.finish().unwrap();
-    summary.file.sync_all().unwrap();
-    assert!(summary.bytes > 8 << 20);
-    let on_disk = std::fs::metadata(&path).unwrap().blocks() * 512;
-    assert!(on_disk < 1 << 20, "{on_disk} bytes are still allocated");
-    let image = std::fs::read(&path).unwrap();
-    assert!(!image.contains(&0xaa));
+fn a_layer_is_the_same_bytes_in_every_image_and_one_without_contents_is_no_part_of_a_disk() {
+    let shared = Layer::new().file("etc/a", vec![7; 5000]).file("b", "x").finish();
+    let other = Layer::new().dir("etc", 0o700).file("c", "other").finish();
+    let nothing = Layer::new().file(".wh.b", "").symlink("s", "c").finish();
+    let parts = |layers: &[&Vec<u8>]| {
+        let mut builder = ImageBuilder::new(Limits::default());
+        for layer in layers {
+            builder.layer(layer.as_slice()).unwrap();
+        }
+        let (parts, _) = builder.finish().unwrap();
+        parts
+            .into_iter()
+            .map(|mut part| {
+                let mut bytes = Vec::new();
+                std::io::Read::read_to_end(&mut part, &mut bytes).unwrap();
+                bytes
+            })
+            .collect::<Vec<_>>()
+    };
+    let (first, second) = (
+        parts(&[&shared, &nothing, &other]),
+        parts(&[&other, &shared, &nothing]),
+    );
+    assert_eq!((first.len(), second.len()), (3, 3));
+    assert_eq!((&first[1], &first[2]), (&second[2], &second[1]));
+    assert_ne!(first[0], second[0], "the metadata differs");
+    let found = support::reader::read(&first.concat());
+    assert_eq!(names(&found), ["c", "etc", "etc/a", "s"]);
+    assert_eq!(found["etc/a"].data, vec![7; 5000]);
+    let found = support::reader::read(&second.concat());
+    assert_eq!(found["etc/a"].data, vec![7; 5000]);
+    assert_eq!(found["c"].data, b"other");
 }
 
 #[test]

@@ -16,9 +16,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use support::build;
 use support::layer::{Layer, Meta, mode};
 use support::oracle::{Mounted, check, fsck};
+use support::{ImageBuilder, build};
 use tar::EntryType;
 
 /// Everything a program could ask about a file, but its inode number.
@@ -388,15 +388,12 @@ fn an_image_with_a_file_over_four_gib_is_sound() {
     let layer = std::io::Read::chain(std::io::Read::chain(&head[..512], zeros), &tail[..]);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("image.erofs");
-    let output = fs::File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .unwrap();
-    let mut builder = caisson_erofs::ImageBuilder::new(output, caisson_erofs::Limits::default()).unwrap();
+    let mut builder = ImageBuilder::new(caisson_erofs::Limits::default());
     builder.layer(layer).unwrap();
-    builder.finish().unwrap();
+    let mut image = fs::File::create(&path).unwrap();
+    for mut part in builder.finish().unwrap().0 {
+        std::io::copy(&mut part, &mut image).unwrap();
+    }
     let target = directory.path().join("root");
     fs::create_dir(&target).unwrap();
     rustix::mount::mount(&path, &target, "erofs", rustix::mount::MountFlags::RDONLY, None).unwrap();

@@ -10,11 +10,11 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use caisson_erofs::{ImageBuilder, Limits};
+use caisson_erofs::Limits;
 use proptest::prelude::*;
 use support::layer::{Layer, Meta};
 use support::oracle::{check, fsck};
-use support::{build, build_with, reader};
+use support::{ImageBuilder, build, build_with, reader};
 use tar::EntryType;
 
 /// An entry of a random layer.
@@ -278,7 +278,7 @@ proptest! {
 
     #[test]
     fn random_bytes_give_an_image_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
-        let mut builder = ImageBuilder::new(tempfile::tempfile().unwrap(), Limits::default()).unwrap();
+        let mut builder = ImageBuilder::new(Limits::default());
         if let Err(error) = builder.layer(bytes.as_slice()) {
             prop_assert!(error.is_hostile());
         }
@@ -313,7 +313,7 @@ proptest! {
     #[test]
     fn fsck_finds_no_fault_with_random_images(layers in prop::collection::vec(prop::collection::vec(op(), 0..60), 1..3)) {
         if let Some(fsck) = fsck() {
-            let mut builder = ImageBuilder::new(tempfile::tempfile().unwrap(), Limits::default()).unwrap();
+            let mut builder = ImageBuilder::new(Limits::default());
             if layers.iter().all(|ops| builder.layer(layer(ops).as_slice()).is_ok()) {
                 let written: Vec<_> = layers.iter().map(|ops| layer(ops)).collect();
                 check(&fsck, &build(&written).unwrap());

@@ -212,6 +212,7 @@ impl TestStore {
             ca_files: Vec::new(),
             max_image_bytes: 64 << 20,
             stall_deadline: Duration::from_secs(20),
+            converter: env!("CARGO_BIN_EXE_caisson-layer-converter").into(),
         };
         change(&mut config);
         let store = ImageStore::open(config.clone()).await.unwrap();
@@ -254,8 +255,10 @@ impl TestStore {
     /// Nothing listed, no file anywhere.
     pub(crate) async fn assert_empty(&self) {
         assert_eq!(self.store.list().await.unwrap(), []);
-        assert!(self.names("images").is_empty(), "{:?}", self.names("images"));
-        assert!(self.names("tmp").is_empty(), "{:?}", self.names("tmp"));
+        for directory in ["images", "layers", "tmp"] {
+            let names = self.names(directory);
+            assert!(names.is_empty(), "{names:?}");
+        }
     }
 }
 
@@ -267,9 +270,16 @@ pub(crate) fn cause(error: &ImageError) -> &ImageError {
     }
 }
 
-/// Whether the file is EROFS and has `content` in it, which is not compressed there.
-pub(crate) fn holds(disk: &Path, content: &[u8]) -> bool {
-    let bytes = std::fs::read(disk).unwrap();
+/// The disk as a guest sees it.
+pub(crate) fn content(disk: &[PathBuf]) -> Vec<u8> {
+    disk.iter()
+        .flat_map(|file| std::fs::read(file).unwrap())
+        .collect()
+}
+
+/// Whether the disk is EROFS and has `content` in it, which is not compressed there.
+pub(crate) fn holds(disk: &[PathBuf], content: &[u8]) -> bool {
+    let bytes = self::content(disk);
     bytes[1024..1028] == 0xe0f5_e1e2u32.to_le_bytes()
         && bytes.windows(content.len()).any(|window| window == content)
 }

@@ -1,12 +1,12 @@
 //! What is kept, found, removed and collected.
 
-use std::{os::unix::fs::MetadataExt, process::Command};
+use std::{os::unix::fs::MetadataExt, path::PathBuf, process::Command};
 
 use caisson_image::{Credentials, ErrorKind, ImageStore};
 
 use crate::{
     fake::Fake,
-    fixture::{Packing, TestImage, TestStore, archive},
+    fixture::{Packing, TestImage, TestStore, archive, content},
 };
 
 async fn serving(image: &TestImage) -> Fake {
@@ -48,30 +48,170 @@ async fn images_survive_a_restart_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_whose_file_is_gone_is_forgotten_and_can_be_pulled_again() {
+async fn an_image_of_which_a_file_is_gone_or_cut_is_forgotten_and_a_pull_repairs_it() {
     let image = TestImage::small("lost");
     let fake = serving(&image).await;
+    let mut test = TestStore::new().await;
+    let reference = fake.reference("app:v1");
+    let cut = |file: &PathBuf| {
+        let file = std::fs::File::options().write(true).open(file).unwrap();
+        file.set_len(100).unwrap();
+    };
+    let remove = |file: &PathBuf| std::fs::remove_file(file).unwrap();
+    let damages: [&dyn Fn(&PathBuf); 2] = [&remove, &cut];
+    for damage in damages {
+        for part in [0, 1] {
+            let pulled = test.store.pull(&reference, Credentials::Anonymous).await.unwrap();
+            assert_eq!(pulled.disk.len(), 2);
+            let whole = content(&pulled.disk);
+            // Seen when it is asked for...
+            damage(&pulled.disk[part]);
+            assert_eq!(test.store.get(&reference).await.unwrap(), None);
+            let again = test.store.pull(&reference, Credentials::Anonymous).await.unwrap();
+            assert_eq!(content(&again.disk), whole);
+            // ... when it is pulled again...
+            damage(&again.disk[part]);
+            let again = test.store.pull(&reference, Credentials::Anonymous).await.unwrap();
+            assert_eq!(content(&again.disk), whole);
+            // ... and when the store is opened.
+            damage(&again.disk[part]);
+            test = test.reopen().await;
+            assert_eq!(test.store.list().await.unwrap(), []);
+            test.store.collect(&[]).await.unwrap();
+            test.assert_empty().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_are_shared_by_images_and_go_with_the_last_of_them() {
+    let base = (archive(&[("base", b"of both")]), Packing::Gzip);
+    let nothing = (archive(&[(".wh.base", b"")]), Packing::Plain);
+    let (one, two) = (
+        TestImage::new("one", &[base.clone(), (archive(&[("one", b"1")]), Packing::Zstd)]),
+        TestImage::new(
+            "two",
+            &[base, (archive(&[("two", b"2")]), Packing::Plain), nothing],
+        ),
+    );
+    let (first, second) = (serving(&one).await, serving(&two).await);
     let test = TestStore::new().await;
-    let pulled = test
+    let one_pulled = test
         .store
-        .pull(&fake.reference("app:v1"), Credentials::Anonymous)
+        .pull(&first.reference("one"), Credentials::Anonymous)
         .await
         .unwrap();
-    std::fs::remove_file(&pulled.disk).unwrap();
+    let two_pulled = test
+        .store
+        .pull(&second.reference("two"), Credentials::Anonymous)
+        .await
+        .unwrap();
+    assert_eq!(one_pulled.disk[1], two_pulled.disk[1], "one file");
+    assert_eq!(
+        (one_pulled.disk.len(), two_pulled.disk.len()),
+        (3, 3),
+        "a layer without contents is no part of a disk"
+    );
+    assert_eq!(second.count(&two.layers[0]), 0, "it was here");
+    assert_eq!(test.names("layers").len(), 2 * 4);
+    let shared = content(&one_pulled.disk[1..2]);
+
     let test = test.reopen().await;
-    assert_eq!(test.store.list().await.unwrap(), []);
+    test.store.remove(&one.id, &[]).await.unwrap();
+    assert!(!one_pulled.disk[2].exists());
+    assert_eq!(content(&two_pulled.disk[1..2]), shared);
+    // In use, not listed any more.
+    let in_use = [two.id.clone()];
+    test.store.remove(&two.id, &in_use).await.unwrap();
+    assert!(two_pulled.disk.iter().all(|file| file.is_file()));
+    test.store.collect(&[]).await.unwrap();
+    test.assert_empty().await;
+
     let again = test
         .store
-        .pull(&fake.reference("app:v1"), Credentials::Anonymous)
+        .pull(&first.reference("one"), Credentials::Anonymous)
         .await
         .unwrap();
-    std::fs::remove_file(&again.disk).unwrap();
-    let again = test
+    assert_eq!(
+        content(&again.disk[1..2]),
+        shared,
+        "equal layers give equal bytes"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_an_image_with_one_bad_layer_no_layer_stays_unless_another_image_has_it() {
+    let good = (archive(&[("good", b"1")]), Packing::Gzip);
+    let shared = (archive(&[("shared", b"2")]), Packing::Gzip);
+    let bad = (archive(&[("../bad", b"3")]), Packing::Gzip);
+    let sound = TestImage::new("sound", std::slice::from_ref(&shared));
+    let spoiled = TestImage::new("spoiled", &[shared, good, bad]);
+    let (first, second) = (serving(&sound).await, serving(&spoiled).await);
+    let test = TestStore::new().await;
+    let kept = test
         .store
-        .pull(&fake.reference("app:v1"), Credentials::Anonymous)
+        .pull(&first.reference("app"), Credentials::Anonymous)
         .await
         .unwrap();
-    assert!(again.disk.is_file(), "without a restart, too");
+    let error = test
+        .store
+        .pull(&second.reference("app"), Credentials::Anonymous)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused, "{}", error.chain());
+    assert_eq!(test.names("layers").len(), 2, "{:?}", test.names("layers"));
+    assert!(kept.disk.iter().all(|file| file.is_file()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_examination_finds_a_changed_byte_and_a_pull_repairs_it() {
+    use std::os::unix::fs::FileExt;
+    let image = TestImage::small("changed");
+    let fake = serving(&image).await;
+    let test = TestStore::new().await;
+    let reference = fake.reference("app:v1");
+    let pulled = test.store.pull(&reference, Credentials::Anonymous).await.unwrap();
+    let whole = content(&pulled.disk);
+    let sound = caisson_image::examine(&test.config.root, false).unwrap();
+    assert_eq!((sound.files, sound.bytes), (2, whole.len() as u64));
+    assert_eq!(sound.damages, []);
+    for (part, offset) in [(0, 2000), (1, 3)] {
+        let file = std::fs::File::options()
+            .write(true)
+            .open(&pulled.disk[part])
+            .unwrap();
+        file.write_all_at(b"\xa5", offset).unwrap();
+        let found = caisson_image::examine(&test.config.root, true).unwrap();
+        let [damage] = found.damages.as_slice() else {
+            panic!("{found:?}");
+        };
+        assert_eq!(damage.file, pulled.disk[part]);
+        assert!(damage.reason.contains("fs-verity digest"), "{}", damage.reason);
+        // The daemon that has the store open notices.
+        assert_eq!(test.store.get(&reference).await.unwrap(), None);
+        let again = test.store.pull(&reference, Credentials::Anonymous).await.unwrap();
+        assert_eq!(content(&again.disk), whole);
+        assert_eq!(
+            caisson_image::examine(&test.config.root, false).unwrap().damages,
+            []
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_older_versions_left_is_swept() {
+    let test = TestStore::new().await;
+    let name = format!("images/{}.erofs", "a".repeat(64));
+    std::fs::write(test.config.root.join(name), b"whole image").unwrap();
+    let halves = [
+        format!("images/{}.metadata", "b".repeat(64)),
+        format!("layers/{}.layer", "c".repeat(64)),
+        format!("layers/{}.json", "d".repeat(64)),
+    ];
+    for half in halves {
+        std::fs::write(test.config.root.join(half), b"half").unwrap();
+    }
+    test.reopen().await.assert_empty().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -167,7 +307,7 @@ async fn the_file_of_an_image_in_use_stays_until_it_is_collected() {
     assert_eq!(test.store.get(&reference).await.unwrap(), None);
     let test = test.reopen().await;
     test.store.collect(&in_use).await.unwrap();
-    assert!(disk.is_file());
+    assert!(disk.iter().all(|file| file.is_file()));
 
     let layers = fake.count(&image.layers[0]);
     let again = test.store.pull(&reference, Credentials::Anonymous).await.unwrap();
@@ -178,7 +318,7 @@ async fn the_file_of_an_image_in_use_stays_until_it_is_collected() {
     let stranger = test.config.root.join("images/readme");
     std::fs::write(&stranger, b"not ours").unwrap();
     test.store.collect(&[]).await.unwrap();
-    assert!(!disk.exists());
+    assert!(!disk.iter().any(|file| file.exists()));
     assert!(stranger.exists());
 }
 
@@ -195,9 +335,14 @@ async fn usage_counts_blocks_and_inodes() {
         .await
         .unwrap();
     let after = test.store.usage().await.unwrap();
-    assert_eq!(after.inodes_used, before.inodes_used + 1);
-    let file = std::fs::metadata(&pulled.disk).unwrap();
+    assert_eq!(
+        after.inodes_used,
+        before.inodes_used + 4,
+        "two files, and what is known of them"
+    );
+    let file = std::fs::metadata(&pulled.disk[1]).unwrap();
     assert!(file.len() >= 1 << 20);
+    assert!(pulled.size_bytes >= file.len());
     assert!(after.used_bytes >= before.used_bytes + file.blocks() * 512);
 }
 

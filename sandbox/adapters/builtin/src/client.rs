@@ -9,7 +9,8 @@ use std::{
 
 use caisson_hypervisor::HypervisorError;
 use caisson_vmm_api::control::{
-    MESSAGE_BYTES_MAX, NEWEST_PROTOCOL, OLDEST_PROTOCOL, RELEASE_SECONDS, Refusal, Reply, Request,
+    DESCRIPTORS_MAX, MESSAGE_BYTES_MAX, NEWEST_PROTOCOL, OLDEST_PROTOCOL, RELEASE_SECONDS, Refusal, Reply,
+    Request,
 };
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -60,11 +61,12 @@ impl Failure {
 }
 
 /// Asks once, on a thread where it may block.
-pub(crate) async fn ask(socket: &Path, request: Request, file: Option<OwnedFd>) -> Result<Reply, Failure> {
+pub(crate) async fn ask(socket: &Path, request: Request, files: Vec<OwnedFd>) -> Result<Reply, Failure> {
     let socket: PathBuf = socket.to_owned();
     let asking = tokio::task::spawn_blocking(move || {
         let session = Session::open(&socket)?;
-        session.ask(&request, file.as_ref().map(AsFd::as_fd))
+        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        session.ask(&request, &files)
     });
     asking
         .await
@@ -93,20 +95,20 @@ impl Session {
             oldest: OLDEST_PROTOCOL,
             newest: NEWEST_PROTOCOL,
         };
-        match session.ask(&hello, None)? {
+        match session.ask(&hello, &[])? {
             Reply::Welcome { .. } => Ok(session),
             other => Err(unexpected(&other)),
         }
     }
 
-    /// Sends a request, with a descriptor if it takes one, and waits for its reply; a refusal is an error.
-    pub(crate) fn ask(&self, request: &Request, file: Option<BorrowedFd<'_>>) -> Result<Reply, Failure> {
+    /// Sends a request, with the descriptors that it takes, and waits for its reply; a refusal is an error.
+    pub(crate) fn ask(&self, request: &Request, files: &[BorrowedFd<'_>]) -> Result<Reply, Failure> {
         let bytes = request.encode().map_err(io::Error::other)?;
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let files: Vec<BorrowedFd<'_>> = file.into_iter().collect();
-        if !files.is_empty() {
-            ancillary.push(SendAncillaryMessage::ScmRights(&files));
+        // More than the VMM takes cannot be pushed, and then nothing is sent.
+        if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many files for one request").into());
         }
         retry(|| {
             sendmsg(

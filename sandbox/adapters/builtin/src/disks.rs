@@ -62,15 +62,13 @@ impl Disks {
     pub(crate) async fn attach(&self, disk: Disk) -> Result<(), HypervisorError> {
         disk::check_serial(&disk.serial)?;
         let _turn = self.turn.lock().await;
-        let file = OwnedFd::from(disk::open(&disk)?);
+        let files: Vec<OwnedFd> = disk::open(&disk)?.into_iter().map(OwnedFd::from).collect();
         self.take_slot(&disk.serial)?;
         let request = Request::AddDisk {
             serial: disk.serial.clone(),
             read_only: disk.read_only,
         };
-        let added = client::ask(&self.socket, request, Some(file))
-            .await
-            .and_then(done);
+        let added = client::ask(&self.socket, request, files).await.and_then(done);
         match &added {
             Ok(()) => {}
             Err(Failure::Refused(..)) => self.free_slot(&disk.serial),
@@ -88,7 +86,10 @@ impl Disks {
         let request = Request::RemoveDisk {
             serial: serial.to_owned(),
         };
-        match client::ask(&self.socket, request, None).await.and_then(done) {
+        match client::ask(&self.socket, request, Vec::new())
+            .await
+            .and_then(done)
+        {
             Ok(()) | Err(Failure::Refused(Refusal::NotFound, _)) => {}
             Err(failure) => return Err(failure.of("remove_disk")),
         }
@@ -103,7 +104,7 @@ impl Disks {
     }
 
     async fn reconcile_in_turn(&self) -> Result<(), HypervisorError> {
-        let answer = client::ask(&self.socket, Request::Status, None).await;
+        let answer = client::ask(&self.socket, Request::Status, Vec::new()).await;
         match answer.map_err(|failure| failure.of("status"))? {
             Reply::Status(Status { disks, .. }) => {
                 settle(&mut self.slots(), disks);

@@ -245,7 +245,10 @@ fn specification(
     for disk in &spec.disks {
         disks.push(spec::Disk {
             serial: disk.serial.clone(),
-            files: vec![passed.pass(disk::open(disk)?)],
+            files: disk::open(disk)?
+                .into_iter()
+                .map(|file| passed.pass(file))
+                .collect(),
             read_only: disk.read_only,
         });
     }

@@ -74,7 +74,7 @@ impl Bench {
     fn disk(&self, serial: &str) -> Disk {
         Disk {
             serial: serial.into(),
-            path: self.dir.path().join("a.img"),
+            files: vec![self.dir.path().join("a.img"), self.dir.path().join("a.img")],
             read_only: true,
         }
     }
@@ -172,7 +172,7 @@ async fn a_refused_disk_leaves_its_slot_free_and_says_why() {
     );
     assert_eq!(vm.record().slots, [None, None]);
     let missing = Disk {
-        path: bench.dir.path().join("missing.img"),
+        files: vec![bench.dir.path().join("missing.img")],
         ..bench.disk("one")
     };
     let error = vm.attach(missing).await.unwrap_err().to_string();

@@ -20,6 +20,9 @@ pub(crate) const MAX_COLD_DEVICES: usize = 13;
 const CONSOLE_FDSET: u32 = 1;
 const COLD_FDSET: u32 = 10;
 const HOT_FDSET: u32 = 1000;
+const PART_FDSET: u32 = 100_000;
+/// Sets of each slot; more than a disk has files.
+pub(crate) const PARTS_PER_SLOT: u32 = 1000;
 
 /// Translated code is kept in a buffer that only ever fills up: the default would let it grow to 1 GiB for each VM.
 const TCG_BUFFER_MIB: u32 = 128;
@@ -103,16 +106,20 @@ pub(crate) struct SlotNames {
     pub(crate) device: String,
     pub(crate) node: String,
     pub(crate) fdset: u32,
+    /// The first of the descriptor sets of a disk that is made of several files.
+    pub(crate) parts: u32,
 }
 
 impl SlotNames {
     pub(crate) fn of(slot: usize) -> Self {
+        let number = u32::try_from(slot).unwrap_or(u32::MAX);
         Self {
             bus: format!("pool{}", slot / SLOTS_PER_POOL),
             address: format!("{:#x}", slot % SLOTS_PER_POOL + 1),
             device: format!("hot{slot}"),
             node: format!("hotnode{slot}"),
-            fdset: HOT_FDSET.saturating_add(u32::try_from(slot).unwrap_or(u32::MAX)),
+            fdset: HOT_FDSET.saturating_add(number),
+            parts: PART_FDSET.saturating_add(number.saturating_mul(PARTS_PER_SLOT)),
         }
     }
 }

@@ -382,7 +382,11 @@ impl Opened {
             .mode(0o600)
             .open(&paths.console)
             .map_err(|e| io_error(format!("open the console log {}", paths.console.display()), e))?;
-        let disks = spec.disks.iter().map(disk::open).collect::<Result<_, _>>()?;
+        let disks = spec
+            .disks
+            .iter()
+            .map(disk::open_single)
+            .collect::<Result<_, _>>()?;
         let vhost = spec.nics.iter().map(|nic| open_vhost(qemu.engine, nic)).collect();
         Ok(Self {
             kernel,

@@ -21,7 +21,7 @@ use machine::{Bench, LIMIT, backend, cached_kernel, driver, driver_as, processes
 fn disk(serial: &str, path: PathBuf) -> Disk {
     Disk {
         serial: serial.into(),
-        path,
+        files: vec![path],
         read_only: true,
     }
 }
@@ -99,6 +99,28 @@ async fn a_disk_that_cannot_be_attached_leaves_its_slot_free() {
         vm.attach(disk("a", bench.path("x.img"))).await.is_err(),
         "one serial, one disk"
     );
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn several_files_are_one_disk_if_they_are_only_read() {
+    let Some(driver) = driver().await else { return };
+    let bench = Bench::new();
+    let vm = driver.launch(bench.spec()).await.unwrap();
+    let several = |serial: &str, read_only| Disk {
+        files: vec![
+            bench.image("metadata.img", 4096),
+            bench.image("layer.img", 1 << 20),
+            bench.image("other.img", 8192),
+        ],
+        read_only,
+        ..disk(serial, PathBuf::new())
+    };
+    let error = vm.attach(several("w", false)).await.unwrap_err().to_string();
+    assert!(error.contains("several files and writable"), "{error}");
+    vm.attach(several("a", true)).await.unwrap();
+    vm.attach(several("b", true)).await.unwrap();
+    assert_eq!(vm.record().slots, [Some("a".into()), Some("b".into()), None]);
     vm.kill().await.unwrap();
 }
 

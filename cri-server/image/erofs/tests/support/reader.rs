@@ -117,7 +117,12 @@ impl Image<'_> {
             _ if !has_data || size == 0 => Vec::new(),
             0 => {
                 let start = address as usize * BLOCK;
-                assert!(start + size <= self.metadata, "blocks lie before the metadata");
+                let regular = mode & 0o170_000 == 0o100_000;
+                assert_eq!(
+                    start > self.metadata,
+                    regular,
+                    "only contents lie behind the metadata"
+                );
                 self.bytes[start..start + size].to_vec()
             }
             2 => {
