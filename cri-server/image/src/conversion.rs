@@ -250,7 +250,7 @@ fn strange(what: &str) -> Failure {
 fn pipe_into_process() -> io::Result<(OwnedFd, pipe::Sender)> {
     let (read_end, write_end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     // Only for speed; an unprivileged daemon may be over its user's limit.
-    let _ = rustix::pipe::fcntl_setpipe_size(&write_end, PIPE_BYTES);
+    rustix::pipe::fcntl_setpipe_size(&write_end, PIPE_BYTES).ok();
     Ok((read_end, pipe::Sender::from_owned_fd(write_end)?))
 }
 

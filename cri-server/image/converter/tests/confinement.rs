@@ -1,5 +1,7 @@
 //! What a converter can still do, seen from outside.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 use std::{path::PathBuf, process::Command};
 
 /// The example, which cargo builds with the tests.

@@ -18,7 +18,7 @@ fn spec() -> ContainerSpec {
             id: "sha256:1".into(),
             user_reference: "i".into(),
             reference: "i".into(),
-            disk: "/d".into(),
+            disk: vec!["/d".into()],
         },
         guest: guest::ContainerSpec {
             process: Some(guest::Process {

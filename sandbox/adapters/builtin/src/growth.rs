@@ -45,7 +45,7 @@ pub(crate) async fn grow(control: &Path, growth: VmGrowth) -> Result<(), Hypervi
 
 async fn request(control: &Path, request: Request) -> Result<(), HypervisorError> {
     let verb = request.verb();
-    match ask(control, request, None).await {
+    match ask(control, request, Vec::new()).await {
         Ok(Reply::Done) => Ok(()),
         Ok(other) => Err(unexpected(&other).of(verb)),
         Err(failure) => Err(failure.of(verb)),
@@ -53,7 +53,7 @@ async fn request(control: &Path, request: Request) -> Result<(), HypervisorError
 }
 
 async fn status(control: &Path) -> Result<Status, HypervisorError> {
-    match ask(control, Request::Status, None).await {
+    match ask(control, Request::Status, Vec::new()).await {
         Ok(Reply::Status(status)) => Ok(status),
         Ok(other) => Err(unexpected(&other).of("status")),
         Err(failure) => Err(failure.of("status")),
