@@ -14,7 +14,7 @@ ${CARGO:-cargo} build --release -p caisson-builtin --example bench
 ./target/release/packages
 # 9p is no place to measure: everything is copied in.
 mkdir -p target/node-bench
-cp --reflink=auto target/release/{caissond,caisson-vmm,caisson-vhost-vsock,caisson-file-server,packages,bench-io,examples/bench} target/node-bench/
+cp --reflink=auto target/release/{caissond,caisson-vmm,caisson-vhost-vsock,caisson-file-server,caisson-layer-converter,packages,bench-io,examples/bench} target/node-bench/
 trap '"$here/run.sh" --stop' EXIT
 "$here/run.sh" --start
 in_node() { "$here/run.sh" "$@"; }

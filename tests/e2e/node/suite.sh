@@ -44,7 +44,7 @@ for name in "${!executables[@]}"; do
     cp --reflink=auto "${executables[$name]}" "$results/bin/test-$name"
     executables[$name]=$checkout/$results/bin/test-$name
 done
-cp --reflink=auto target/release/{caissond,caisson-vmm,caisson-vhost-vsock,caisson-file-server,packages} "$results/bin/"
+cp --reflink=auto target/release/{caissond,caisson-vmm,caisson-vhost-vsock,caisson-file-server,caisson-layer-converter,packages} "$results/bin/"
 cp --reflink=auto "$CAISSON_KERNEL" "$CAISSON_INITRAMFS" "$results/bin/"
 export CAISSON_BIN_DIR=$checkout/$results/bin
 CAISSON_KERNEL=$CAISSON_BIN_DIR/$(basename "$CAISSON_KERNEL") CAISSON_INITRAMFS=$CAISSON_BIN_DIR/$(basename "$CAISSON_INITRAMFS")

@@ -1,11 +1,15 @@
 //! `caissond image`: an archive becomes an image, with and without a daemon, and the CRI knows it.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     daemon::{Daemon, Product},
-    host::{Host, command},
+    host::{self, Host, command},
     image, run,
 };
 use serde_json::{Value, json};
@@ -15,13 +19,16 @@ fn archive(host: &Host, name: &str) -> Result<std::path::PathBuf> {
     let directory = host.dir().join("saved");
     fs::create_dir(&directory)?;
     let busybox = image::busybox()?;
-    let layer = busybox.layers.first().context("busybox has no layer")?;
-    fs::write(directory.join("layer.tar"), &layer.bytes)?;
+    let mut layers = Vec::new();
+    for (number, layer) in busybox.layers.iter().enumerate() {
+        layers.push(format!("layer-{number}.tar"));
+        fs::write(directory.join(&layers[number]), &layer.bytes)?;
+    }
     fs::write(
         directory.join("config.json"),
         serde_json::to_vec(&busybox.config)?,
     )?;
-    let manifest = json!([{ "Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"] }]);
+    let manifest = json!([{ "Config": "config.json", "RepoTags": [name], "Layers": layers }]);
     fs::write(directory.join("manifest.json"), serde_json::to_vec(&manifest)?)?;
     let archive = host.dir().join("saved.tar");
     command(
@@ -30,15 +37,16 @@ fn archive(host: &Host, name: &str) -> Result<std::path::PathBuf> {
             .arg(&archive)
             .arg("-C")
             .arg(&directory)
-            .args(["layer.tar", "config.json", "manifest.json"]),
+            .args(["config.json", "manifest.json"])
+            .args(&layers),
     )?;
     Ok(archive)
 }
 
-/// Runs `caissond image` on the test's directories: whether it succeeded, and what it said.
-fn caissond(host: &Host, words: &[&str]) -> Result<(bool, String)> {
+/// Runs `caissond image` on the test's directories.
+fn caissond(host: &Host, words: &[&str]) -> Result<Output> {
     let path = |part: &str| host.dir().join(part);
-    let output = Command::new(Product::find()?.bin.join("caissond"))
+    Ok(Command::new(Product::find()?.bin.join("caissond"))
         .arg("image")
         .args(words)
         .arg("--root")
@@ -47,18 +55,24 @@ fn caissond(host: &Host, words: &[&str]) -> Result<(bool, String)> {
         .arg(path("run"))
         .arg("--listen")
         .arg(path("run/caisson.sock"))
-        .output()?;
-    let said = [output.stdout, output.stderr].concat();
-    Ok((
-        output.status.success(),
-        String::from_utf8_lossy(&said).into_owned(),
-    ))
+        .output()?)
 }
 
+/// What it answered.
 fn succeeds(host: &Host, words: &[&str]) -> Result<String> {
-    let (success, said) = caissond(host, words)?;
-    ensure!(success, "caissond image {words:?}: {said}");
-    Ok(said)
+    let output = caissond(host, words)?;
+    ensure!(output.status.success(), "caissond image {words:?}: {output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Why it did not do it.
+fn fails(host: &Host, words: &[&str]) -> Result<String> {
+    let output = caissond(host, words)?;
+    ensure!(
+        !output.status.success(),
+        "caissond image {words:?} succeeded: {output:?}"
+    );
+    Ok(String::from_utf8(output.stderr)?)
 }
 
 fn text(path: &Path) -> Result<&str> {
@@ -88,11 +102,42 @@ fn an_archive_becomes_an_image_with_a_daemon_and_without() -> Result<()> {
         succeeds(&host, &["import", "--name", other, text(&archive)?])?;
         let list: Value = serde_json::from_str(&succeeds(&host, &["list", "--json"])?)?;
         ensure!(list["images"][0]["repoTags"] == json!([name, other]), "{list}");
-        let (success, said) = caissond(&host, &["pin", "registry.example/absent"])?;
-        ensure!(!success && said.contains("absent"), "{said}");
-        let (success, said) = caissond(&host, &["import", "/etc/hostname"])?;
-        ensure!(!success && said.contains("/etc/hostname"), "{said}");
+        let said = fails(&host, &["pin", "registry.example/absent"])?;
+        ensure!(said.contains("absent"), "{said}");
+        let said = fails(&host, &["import", "/etc/hostname"])?;
+        ensure!(said.contains("/etc/hostname"), "{said}");
         drop(daemon);
-        Ok(())
+        damage_is_found_and_repaired(&host, &archive)
     })
+}
+
+/// One bit of a stored layer: who reads every byte finds it, and a new import mends it.
+fn damage_is_found_and_repaired(host: &Host, archive: &Path) -> Result<()> {
+    succeeds(host, &["check"])?;
+    let layer = largest_file(&host.dir().join("root"))?;
+    let mut bytes = fs::read(&layer)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&layer, bytes)?;
+    let said = fails(host, &["check"])?;
+    ensure!(said.contains(text(&layer)?), "{said}");
+    let said = fails(host, &["check", "--remove"])?;
+    ensure!(!layer.exists(), "{said}");
+    let list: Value = serde_json::from_str(&succeeds(host, &["list", "--json"])?)?;
+    ensure!(list["images"] == json!([]), "{list}");
+    succeeds(host, &["import", text(archive)?])?;
+    ensure!(layer.exists(), "{} is not back", layer.display());
+    succeeds(host, &["check"])?;
+    Ok(())
+}
+
+fn largest_file(directory: &Path) -> Result<std::path::PathBuf> {
+    let listed = host::text(
+        Command::new("find")
+            .arg(directory)
+            .args(["-type", "f", "-printf", "%s %p\\n"]),
+    )?;
+    let files = listed.lines().filter_map(|line| line.split_once(' '));
+    let largest = files.max_by_key(|(size, _)| size.parse::<u64>().unwrap_or(0));
+    Ok(largest.context("the store is empty")?.1.into())
 }

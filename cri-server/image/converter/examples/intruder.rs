@@ -8,6 +8,7 @@ use caisson_layer_converter::confinement::{Needs, confine};
 
 fn main() {
     let before = File::open("/proc/self/status").unwrap();
+    let parent = rustix::process::getppid().unwrap_or(rustix::process::Pid::INIT);
     let needs = Needs {
         memory_bytes: 256 << 20,
         file_bytes: 1 << 20,
@@ -22,11 +23,7 @@ fn main() {
         ("duplicate", before.try_clone().map(drop)),
         (
             "signal",
-            rustix::process::kill_process(
-                rustix::process::getppid().unwrap_or(rustix::process::Pid::INIT),
-                rustix::process::Signal::TERM,
-            )
-            .map_err(Into::into),
+            rustix::process::kill_process(parent, rustix::process::Signal::TERM).map_err(Into::into),
         ),
         ("thread", std::thread::Builder::new().spawn(|| ()).map(drop)),
     ];
