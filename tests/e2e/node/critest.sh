@@ -12,6 +12,8 @@ checkout=$(cd "$here/../../.." && pwd)
 cd "$checkout"
 results=target/node-critest
 export CAISSON_KERNEL=${CAISSON_KERNEL:-$checkout/guest/out/tuned/vmlinux} CAISSON_INITRAMFS=${CAISSON_INITRAMFS:-$checkout/guest/out/tuned/initramfs.cpio}
+# An emulated machine's conditions come late.
+export CAISSON_TEST_PATIENCE=${CAISSON_TEST_PATIENCE:-4}
 export NODE_NAME=${NODE_NAME:-critest-$$}
 
 rm -rf "$results"

@@ -14,6 +14,8 @@ checkout=$(cd "$here/../../.." && pwd)
 cd "$checkout"
 results=target/node
 export CAISSON_KERNEL=${CAISSON_KERNEL:-$checkout/guest/out/tuned/vmlinux} CAISSON_INITRAMFS=${CAISSON_INITRAMFS:-$checkout/guest/out/tuned/initramfs.cpio}
+# An emulated machine's conditions come late.
+export CAISSON_TEST_PATIENCE=${CAISSON_TEST_PATIENCE:-4}
 export NODE_NAME=${NODE_NAME:-suite-$$}
 
 # Copies, and adds to each test what it took.

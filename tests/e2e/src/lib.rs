@@ -53,6 +53,7 @@ pub async fn eventually<T, F>(what: &str, limit: Duration, mut condition: F) -> 
 where
     F: AsyncFnMut() -> Option<T>,
 {
+    let limit = limit * patience();
     let start = Instant::now();
     let mut pause = Duration::from_millis(2);
     loop {
@@ -63,6 +64,12 @@ where
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(100));
     }
+}
+
+/// How many times longer than on a usual machine a condition may take: `CAISSON_TEST_PATIENCE`, 1 without it.
+fn patience() -> u32 {
+    let said = std::env::var("CAISSON_TEST_PATIENCE").ok();
+    said.and_then(|factor| factor.parse().ok()).unwrap_or(1).max(1)
 }
 
 /// Runs an asynchronous test on the thread that entered a scratch host: its namespaces are that thread's.
