@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 seconds=$1
-targets=${2:-control converted layer nri pci virtio vsock}
+targets=${2:-control converted layer nri pci spdy virtio vsock}
 host=x86_64-unknown-linux-gnu
 # What cargo-fuzz passes, less the sanitizers, which need a nightly compiler: the code is safe but for few lines, and arithmetic is checked.
 export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1"
