@@ -16,6 +16,7 @@ packages=(
     openssh-server                                     # how commands get in and results out
     iproute2 iptables nftables containernetworking-plugins docker-registry socat busybox ca-certificates gcc libc6-dev  # what tests use
     qemu-system-x86 libelf1                            # the other driver
+    apparmor sudo                                      # profiles of this machine's kernel, which critest loads as any user would
     fio iperf3 strace                                  # measuring and looking
 )
 # What such a machine may load; what these need comes along.
@@ -139,7 +140,7 @@ for unit in getty.target serial-getty@ttyS0 apt-daily.timer apt-daily-upgrade.ti
     systemd-{udevd,udev-trigger,udevd-control.socket,udevd-kernel.socket,hwdb-update,modules-load,sysusers,firstboot,repart,binfmt,sysctl} \
     systemd-{update-utmp,update-utmp-runlevel,journal-flush,random-seed,machine-id-commit,pstore,networkd,user-sessions,logind,pcrphase,pcrphase-sysinit} \
     systemd-{ask-password-wall.path,ask-password-console.path,journald-audit.socket,initctl.socket,tmpfiles-setup-dev} kmod-static-nodes ldconfig \
-    modprobe@{configfs,dm_mod,drm,fuse,loop,efi_pstore}; do
+    apparmor modprobe@{configfs,dm_mod,drm,fuse,loop,efi_pstore}; do
     [[ $unit == *.* ]] || unit=$unit.service
     ln -sfn /dev/null "$root/etc/systemd/system/$unit"
 done
