@@ -8,6 +8,7 @@ packages=(
     qemu-system-x86 e2fsprogs iproute2 iptables          # run
     containernetworking-plugins docker-registry busybox  # test peers
     mmdebstrap debian-archive-keyring openssh-client  # node VM
+    apparmor                                             # compiles the guest's default profile, and those of tests
     ca-certificates curl
 )
 

@@ -43,10 +43,13 @@ pub(crate) fn scratch(id: &str) -> PathBuf {
 pub(crate) fn create(guest: &Guest, request: v1::CreateContainerRequest) -> Result<(), AgentError> {
     let id = request.container_id;
     names::id("container_id", &id)?;
-    let spec = request
+    let mut spec = request
         .spec
         .ok_or_else(|| AgentError::invalid("spec", "is absent"))?;
     check(&spec)?;
+    if let Some(process) = &mut spec.process {
+        process.apparmor = guest.apparmor.resolve(process.apparmor.take())?;
+    }
     let sandbox_hostname = check_sandbox(guest, &spec)?;
     for mount in &spec.mounts {
         if let Some(Source::VolumeId(volume)) = &mount.source
@@ -519,6 +522,9 @@ pub(crate) fn merge(own: &v1::Process, mut wanted: v1::Process) -> v1::Process {
     if wanted.seccomp.is_none() {
         wanted.seccomp.clone_from(&own.seccomp);
     }
+    if wanted.apparmor.is_none() {
+        wanted.apparmor.clone_from(&own.apparmor);
+    }
     if wanted.rlimits.is_empty() {
         wanted.rlimits.clone_from(&own.rlimits);
     }
@@ -609,6 +615,10 @@ mod tests {
             env: vec![b"A=1".to_vec()],
             cwd: "/srv".into(),
             no_new_privileges: true,
+            apparmor: Some(v1::ApparmorProfile {
+                name: "mine".into(),
+                optional: false,
+            }),
             ..v1::Process::default()
         };
         let merged = merge(
@@ -620,6 +630,7 @@ mod tests {
         );
         assert_eq!(merged.env, [b"A=1".to_vec(), b"TERM=xterm".to_vec()]);
         assert_eq!(merged.cwd, "/srv");
+        assert_eq!(merged.apparmor, own.apparmor);
         assert!(merged.no_new_privileges);
         let kept = merge(
             &own,

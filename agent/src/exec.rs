@@ -45,9 +45,10 @@ pub(crate) async fn start(
 async fn run(
     guest: &Guest,
     container: &Arc<Container>,
-    wanted: v1::Process,
+    mut wanted: v1::Process,
     stdin: bool,
 ) -> Result<Arc<Process>, AgentError> {
+    wanted.apparmor = guest.apparmor.resolve(wanted.apparmor.take())?;
     let started = container.started()?;
     if started.process.ended().is_some() {
         return Err(AgentError::State {

@@ -13,6 +13,7 @@ use std::{
 use caisson_agent_api::v1;
 
 use crate::{
+    apparmor::AppArmor,
     cgroup::Cgroup,
     error::AgentError,
     images::Images,
@@ -43,6 +44,7 @@ pub(crate) struct Guest {
     /// Sockets that stand for the host's.
     pub(crate) socket_forwards: SocketForwards,
     pub(crate) pod_volumes: PodVolumes,
+    pub(crate) apparmor: AppArmor,
     containers: Mutex<HashMap<String, Slot<Container>>>,
 }
 

@@ -4,7 +4,10 @@ use std::fs;
 
 use caisson_agent_api::{PROTOCOL, v1};
 
-use crate::guest::{Guest, Sandbox};
+use crate::{
+    apparmor,
+    guest::{Guest, Sandbox},
+};
 
 /// The answer.
 pub(crate) fn hello(guest: &Guest) -> v1::HelloReply {
@@ -19,6 +22,7 @@ pub(crate) fn hello(guest: &Guest) -> v1::HelloReply {
         online_cpus: online_cpus(),
         agent_rss_bytes: kib(&read("/proc/self/status"), "VmRSS:"),
         configured: matches!(&*guest.sandbox(), Sandbox::Configured(_)),
+        apparmor: apparmor::enabled(),
     }
 }
 

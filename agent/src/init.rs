@@ -18,7 +18,7 @@ use rustix::{
 };
 
 use crate::{
-    clock,
+    apparmor, clock,
     console::complain,
     error::{AgentError, At, chain},
     kernel_modules,
@@ -109,6 +109,7 @@ fn prepare() -> Result<(), AgentError> {
             .at(|| "forbidding further kernel modules")?;
         fs::remove_dir_all("/lib/modules").at(|| "dropping the loaded modules' files")?;
     }
+    apparmor::keep_default_policy(Path::new(NEW_ROOT))?;
     switch_root()
 }
 

@@ -6,6 +6,7 @@
 //! One binary, five roles: PID 1 ([`init`]), the agent proper ([`service`]), the stage that becomes a container's process ([`stage`]),
 //! PID 1 of a shared PID namespace ([`stage`]), and for a moment the process that a user namespace is made in ([`user_namespace`]).
 
+mod apparmor;
 mod cgroup;
 mod clock;
 mod configure;

@@ -262,6 +262,28 @@ impl agent_server::Agent for Service {
         Ok(Response::new(v1::MountSharedReply {}))
     }
 
+    async fn load_apparmor_policy(
+        &self,
+        request: Request<v1::LoadApparmorPolicyRequest>,
+    ) -> Answer<v1::LoadApparmorPolicyReply> {
+        self.change(move |guest| {
+            guest.apparmor.load(&request.get_ref().policy)?;
+            Ok(v1::LoadApparmorPolicyReply {})
+        })
+        .await
+    }
+
+    async fn apparmor_features(
+        &self,
+        _: Request<v1::ApparmorFeaturesRequest>,
+    ) -> Answer<v1::ApparmorFeaturesReply> {
+        self.change(|guest| {
+            let features = guest.apparmor.features()?;
+            Ok(v1::ApparmorFeaturesReply { features })
+        })
+        .await
+    }
+
     async fn create_container(
         &self,
         request: Request<v1::CreateContainerRequest>,

@@ -7,6 +7,7 @@ use std::{
 
 use caisson_hypervisor::kvm;
 use caisson_net::Network;
+use caisson_sandbox::AppArmorSettings;
 use serde_json::json;
 
 use crate::{config::Config, drivers, status::chain};
@@ -56,6 +57,7 @@ pub async fn check(config: &Config) -> Report {
     ]);
     findings.push(cni(config).await);
     findings.extend([
+        apparmor(&config.apparmor),
         mkfs(),
         disk(&config.daemon.root),
         daemon_socket(&config.daemon.socket),
@@ -186,6 +188,28 @@ async fn hypervisor(config: &Config) -> Finding {
             "install QEMU (Debian: apt-get install qemu-system-x86), and keep caisson-vhost-vsock beside caissond",
         ),
     }
+}
+
+/// The default profile needs nothing of the host.
+fn apparmor(profiles: &AppArmorSettings) -> Finding {
+    const KERNEL: &str = "profiles that are loaded on the host";
+    let files = profiles.compiler().map(|compiler| {
+        let directory = profiles.directory.display();
+        format!("those in {directory}, compiled by {}", compiler.display())
+    });
+    let found = match (profiles.host_has_apparmor(), files) {
+        (true, Some(files)) => format!("{KERNEL}, and {files}"),
+        (true, None) => KERNEL.to_owned(),
+        (false, Some(files)) => files,
+        (false, None) => {
+            return note(
+                "AppArmor",
+                "no profile of the host can be had: its kernel has no AppArmor, and there is no apparmor_parser",
+                "apt-get install apparmor, where pods shall have profiles of your own",
+            );
+        }
+    };
+    good("AppArmor", found)
 }
 
 fn guest_file(subject: &'static str, path: &Path, target: &str) -> Finding {

@@ -382,6 +382,7 @@ impl Boot {
                 "network_nanos": network_nanos,
                 "memory_bytes": hello.memory_bytes,
                 "rss_bytes": hello.agent_rss_bytes,
+                "apparmor": hello.apparmor,
             },
             "timings_ms": self.timings,
         })

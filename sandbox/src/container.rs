@@ -11,6 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use caisson_apparmor::Profiles;
 use caisson_guest::{
     GuestClient, GuestError, GuestErrorKind,
     logs::{ContainerLog, LogTarget},
@@ -23,7 +24,7 @@ use caisson_lifecycle::{
 use tokio::sync::watch;
 
 use crate::{
-    ContainerId, EXEC_OUTPUT_LIMIT, SandboxError,
+    ContainerId, EXEC_OUTPUT_LIMIT, SandboxError, apparmor,
     disks::{Holder, PodDisks},
     files, guest,
     journal::{PodRecord, blocking},
@@ -52,6 +53,7 @@ pub(crate) struct Live {
     /// What the VM has. Locked while it grows.
     pub(crate) size: Arc<tokio::sync::Mutex<VmSize>>,
     pub(crate) volumes: Arc<Volumes>,
+    pub(crate) profiles: Arc<Profiles>,
     /// For each call to the agent.
     pub(crate) deadline: Duration,
 }
@@ -68,6 +70,7 @@ impl Live {
                 vcpus: 0,
             }))),
             volumes: Arc::new(Volumes::new(node, record)),
+            profiles: Arc::clone(&node.profiles),
             deadline: node.config.agent_deadline,
         }
     }
@@ -144,6 +147,7 @@ pub(crate) async fn make(live: Live, id: ContainerId, spec: ContainerSpec) -> Re
         .mounts
         .extend(live.volumes.provide(live, &spec.volumes).await?);
     wanted.block_devices = live.volumes.disks(live, id, &spec.disks).await?;
+    apparmor::provide(live, &wanted).await?;
     // Parents before children, whatever the order of the request.
     wanted
         .mounts

@@ -4,6 +4,7 @@
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
+use caisson_apparmor::ProfileError;
 use caisson_guest::{GuestError, GuestErrorKind};
 use caisson_hypervisor::HypervisorError;
 use caisson_lifecycle::sizing::SizeError;
@@ -157,6 +158,15 @@ pub enum SandboxError {
         #[source]
         source: Box<SandboxError>,
     },
+    /// The host has no AppArmor policy for the guest.
+    #[error("cannot {what}")]
+    AppArmor {
+        /// What was tried on what.
+        what: String,
+        /// The cause.
+        #[source]
+        source: ProfileError,
+    },
     /// The VM ended when it should not have.
     #[error("the VM of pod sandbox {id} ended: {reason}")]
     VmDied {
@@ -263,6 +273,8 @@ impl SandboxError {
             },
             Self::Io { source, .. } => io_kind(source),
             Self::Network { source, .. } => network_kind(source),
+            Self::AppArmor { source, .. } if source.is_internal() => ErrorKind::Internal,
+            Self::AppArmor { .. } => ErrorKind::Invalid,
             Self::Hook { .. }
             | Self::VmDied { .. }
             | Self::Record { .. }

@@ -6,6 +6,7 @@
 
 mod actor;
 mod announce;
+mod apparmor;
 mod boot;
 mod cgroup;
 mod charged;
@@ -56,6 +57,7 @@ use journal::{Journal, PodPhase, PodRecord};
 use registry::{Handle, Node, Outcome, Registry, Reply, Request, Terminate};
 
 pub use caisson_agent_api::{capabilities, v1 as guest};
+pub use caisson_apparmor::Settings as AppArmorSettings;
 pub use error::{ErrorKind, SandboxError};
 pub use networks::PodNetworks;
 
@@ -100,6 +102,8 @@ pub struct SandboxesConfig {
     pub file_server: PathBuf,
     /// Size of the disk that an emptyDir gets (sparse), bytes.
     pub empty_dir_bytes: u64,
+    /// Where AppArmor profiles of the host are.
+    pub apparmor: AppArmorSettings,
     /// How many images and other disks may be attached to one VM.
     pub attach_slots: u32,
     /// From RunPodSandbox to an answering agent, at most.
@@ -163,6 +167,7 @@ impl Sandboxes {
         let host_cpus =
             std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
         let node = Arc::new(Node {
+            profiles: Arc::new(caisson_apparmor::Profiles::new(config.apparmor.clone())),
             config,
             hypervisor,
             network,

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_apparmor::Profiles;
 use caisson_guest::GuestClient;
 use caisson_hypervisor::Hypervisor;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -43,6 +44,8 @@ pub(crate) struct Node {
     pub(crate) template_lane: tokio::sync::Mutex<()>,
     /// For volumes that kubelet changes.
     pub(crate) watcher: Arc<Watcher>,
+    /// AppArmor profiles of the host.
+    pub(crate) profiles: Arc<Profiles>,
     /// True once the daemon stops serving.
     pub(crate) closing: watch::Sender<bool>,
 }

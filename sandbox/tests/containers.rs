@@ -7,7 +7,7 @@ mod fake_host;
 use std::{sync::Arc, time::Duration};
 
 use caisson_sandbox::{
-    ContainerId, ErrorKind, SandboxId, Sandboxes, spec,
+    ContainerId, ErrorKind, SandboxId, Sandboxes, guest, spec,
     view::{ContainerState, LinuxUser},
 };
 use fake_host::{Machine, Node, chain, container, container_of, until};
@@ -379,4 +379,60 @@ async fn requests_in_the_wrong_state_say_which() {
         pods.start_container("unknown").await.unwrap_err().kind(),
         ErrorKind::NotFound
     );
+}
+
+fn confined(name: &str, profile: &str) -> spec::ContainerSpec {
+    let mut wanted = container(name);
+    let process = wanted.guest.process.as_mut().unwrap();
+    process.apparmor = Some(guest::ApparmorProfile {
+        name: profile.into(),
+        optional: false,
+    });
+    wanted
+}
+
+#[tokio::test]
+async fn a_profile_of_the_host_is_loaded_before_the_container_is_made() {
+    let node = Node::default();
+    let files = node.apparmor().directory;
+    std::fs::write(files.join("mine"), "profile deny-write { file, deny /** w, }\n").unwrap();
+    let (pods, pod, machine) = pod(&node).await;
+    let id = pods
+        .create_container(&pod.0, confined("c", "deny-write"))
+        .await
+        .unwrap();
+    {
+        let policies = machine.guest.policies.lock().unwrap();
+        assert_eq!(policies.len(), 1);
+        assert!(policies[0].windows(11).any(|part| part == b"deny-write\0"));
+        let containers = machine.guest.containers.lock().unwrap();
+        let process = containers[&id.0].spec.process.clone().unwrap();
+        assert_eq!(process.apparmor.unwrap().name, "deny-write");
+    }
+    pods.create_container(&pod.0, confined("default", ""))
+        .await
+        .unwrap();
+    assert_eq!(
+        machine.guest.policies.lock().unwrap().len(),
+        1,
+        "the guest has its default profile by itself"
+    );
+}
+
+#[tokio::test]
+async fn a_profile_that_the_host_has_not_is_no_container() {
+    let node = Node::default();
+    let (pods, pod, machine) = pod(&node).await;
+    let error = pods
+        .create_container(&pod.0, confined("c", "nobodys"))
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let told = chain(&error);
+    assert!(
+        told.contains("no AppArmor profile \"nobodys\"") && told.contains("apparmor.d"),
+        "{told}"
+    );
+    assert!(machine.guest.containers.lock().unwrap().is_empty());
+    assert!(machine.guest.policies.lock().unwrap().is_empty());
 }

@@ -34,5 +34,8 @@ pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 /// Largest number of content bytes in one `PutVolume`.
 pub const MAX_VOLUME_BYTES: usize = 8 << 20;
 
+/// Largest policy in one `LoadApparmorPolicy`, in bytes.
+pub const MAX_APPARMOR_POLICY_BYTES: usize = 4 << 20;
+
 /// Bytes of unacknowledged output that the agent keeps for each stream; then the writer blocks.
 pub const OUTPUT_BUFFER_BYTES: usize = 256 << 10;

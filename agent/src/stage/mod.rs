@@ -4,6 +4,7 @@
 //! half: builds the root file system, becomes the user, and calls execve. Reports go over the socket that was its stdin; execve
 //! closes it. Nothing here may be called from the agent's threads.
 
+mod apparmor;
 mod command;
 mod device_nodes;
 mod fork;
@@ -105,6 +106,8 @@ struct Inherited {
     pid_namespace: Option<OwnedFd>,
     container: Option<OwnedFd>,
     users: Option<OwnedFd>,
+    /// The guest's /proc, opened here when it will be needed: a container's own may be anything.
+    proc: Option<OwnedFd>,
 }
 
 /// Runs the stage; what it returns is the exit code of whichever half failed, or of the first half that succeeded.
@@ -158,6 +161,9 @@ fn run(control: &OwnedFd) -> Result<(), StageError> {
             .open("/dev/null")
             .at(|| "opening /dev/null")?;
         inherited.stdin = Some(null.into());
+    }
+    if process.apparmor.is_some() {
+        inherited.proc = Some(apparmor::open_proc()?);
     }
     privileges::set_oom_score_adj(process.oom_score_adj)?;
     let mut birth = fork::Birth::default();
@@ -250,6 +256,9 @@ fn become_process(
         &users::outside(users.as_ref(), &identity)?,
     )?;
     command::enter_directory(&process.cwd)?;
+    if let (Some(profile), Some(proc)) = (&process.apparmor, &inherited.proc) {
+        apparmor::confine_after_exec(proc, &profile.name)?;
+    }
     if let Some(users) = &users {
         users::join(users, root.is_some())?;
     }

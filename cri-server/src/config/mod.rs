@@ -21,7 +21,7 @@ use caisson_hypervisor::VmUser;
 use caisson_image::ImageStoreConfig;
 use caisson_net::NetworkConfig;
 use caisson_qemu::Accelerator;
-use caisson_sandbox::SandboxesConfig;
+use caisson_sandbox::{AppArmorSettings, SandboxesConfig};
 use caisson_streaming::{Config as StreamingConfig, TlsFiles};
 use serde_json::json;
 
@@ -57,6 +57,8 @@ pub struct Config {
     pub vm: VmSize,
     /// Which driver runs them.
     pub hypervisor: HypervisorChoice,
+    /// AppArmor profiles of the node.
+    pub apparmor: AppArmorSettings,
     /// CNI.
     pub network: NetworkConfig,
     /// The image store.
@@ -265,6 +267,7 @@ impl Config {
         let guest = guest(&mut top);
         let vm = vm(&mut top);
         let hypervisor = hypervisor(&mut top);
+        let apparmor = apparmor(&mut top);
         let network = network(&mut top, &daemon);
         let images = images(&mut top, &daemon);
         let streaming = streaming(&mut top);
@@ -278,6 +281,7 @@ impl Config {
             guest,
             vm,
             hypervisor,
+            apparmor,
             network,
             images,
             streaming,
@@ -303,6 +307,7 @@ impl Config {
             scratch_bytes: self.vm.scratch_mib << 20,
             file_server: self.vm.file_server.clone(),
             empty_dir_bytes: self.vm.empty_dir_mib << 20,
+            apparmor: self.apparmor.clone(),
             attach_slots: self.vm.attach_slots,
             boot_deadline: self.vm.boot_deadline,
             agent_deadline: self.vm.agent_deadline,
@@ -335,6 +340,8 @@ impl Config {
             "emptyDirMiB": self.vm.empty_dir_mib,
             "fileServer": self.vm.file_server,
             "cgroupDriver": self.daemon.cgroup_driver.as_str(),
+            "apparmorProfileDir": self.apparmor.directory,
+            "apparmorParser": self.apparmor.parser,
             "cniConfDir": self.network.conf_dir,
             "cniPluginDirs": self.network.plugin_dirs,
             "layerConverter": self.images.converter,
@@ -414,6 +421,13 @@ fn vm(top: &mut Section) -> VmSize {
             .unwrap_or_else(|| beside_the_daemon(FILE_SERVER)),
         boot_deadline: vm.seconds("boot_deadline_seconds", 100, 1..=3600),
         agent_deadline: vm.seconds("agent_deadline_seconds", 60, 1..=3600),
+    })
+}
+
+fn apparmor(top: &mut Section) -> AppArmorSettings {
+    top.section("apparmor", |section| {
+        let directory = section.absolute("profile_dir", "/etc/apparmor.d");
+        AppArmorSettings::new(directory, section.optional_absolute("parser"))
     })
 }
 

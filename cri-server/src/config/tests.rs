@@ -41,6 +41,8 @@ fn an_empty_file_gives_the_documented_defaults() {
     assert_eq!(config.hypervisor.driver, Driver::Auto);
     assert_eq!(config.hypervisor.user, VmUser::PerVm { base: 2_100_000_000 });
     assert_eq!(config.sandboxes().scratch_bytes, 10 << 30);
+    assert_eq!(config.apparmor.directory, Path::new("/etc/apparmor.d"));
+    assert_eq!(config.apparmor.parser, None);
 }
 
 #[test]
@@ -71,6 +73,9 @@ fn every_key_has_its_effect() {
         qemu = "/q"
         vsock_backend = "/v"
         user = "65534:65533"
+        [apparmor]
+        profile_dir = "/aa"
+        parser = "/ap"
         [network]
         plugin_dirs = ["/p"]
         conf_dir = "/c"
@@ -108,6 +113,8 @@ fn every_key_has_its_effect() {
         }
     );
     assert_eq!(config.network.plugin_deadline, Duration::from_secs(7));
+    assert_eq!(config.apparmor.directory, Path::new("/aa"));
+    assert_eq!(config.apparmor.parser.as_deref(), Some(Path::new("/ap")));
     assert_eq!(config.images.max_image_bytes, 10 << 20);
     assert_eq!(config.images.mirrors["registry.k8s.io"], ["127.0.0.1:5000"]);
     assert_eq!(config.images.hosts_dirs, [Path::new("/certs.d")]);

@@ -27,7 +27,11 @@ pub fn container_spec(
     refusals.add_if(name.is_empty(), "config.metadata.name", "is missing");
     let linux = config.linux.clone().unwrap_or_default();
     let context = linux.security_context.unwrap_or_default();
-    confinement(&context, &mut refusals);
+    security::selinux(
+        context.selinux_options.as_ref(),
+        "config.linux.security_context.selinux_options",
+        &mut refusals,
+    );
     let (resources, oom_score_adj) =
         resources::container(linux.resources.as_ref(), "config.linux.resources", &mut refusals);
     namespaces::settle_mappings(&mut config.mounts, &pod.into());
@@ -110,33 +114,6 @@ fn not_supported(config: &v1::ContainerConfig, refusals: &mut Refusals) {
     if let Some(image) = &config.image {
         super::handler("config.image.runtime_handler", &image.runtime_handler, refusals);
     }
-}
-
-/// Profiles that a privileged container is free of, as in every other runtime, are not asked of it.
-fn confinement(context: &v1::LinuxContainerSecurityContext, refusals: &mut Refusals) {
-    let field = "config.linux.security_context";
-    security::selinux(
-        context.selinux_options.as_ref(),
-        &format!("{field}.selinux_options"),
-        refusals,
-    );
-    if context.privileged {
-        return;
-    }
-    security::apparmor(
-        context.apparmor.as_ref(),
-        (&format!("{field}.apparmor_profile"), apparmor_profile(context)),
-        &format!("{field}.apparmor"),
-        refusals,
-    );
-}
-
-#[expect(
-    deprecated,
-    reason = "older kubelets and crictl still fill it; it is refused, not dropped"
-)]
-fn apparmor_profile(context: &v1::LinuxContainerSecurityContext) -> &str {
-    &context.apparmor_profile
 }
 
 #[expect(

@@ -4,7 +4,7 @@ use caisson_cri_api::v1;
 use caisson_image::ImageConfig;
 use caisson_sandbox::guest;
 
-use super::{Refusals, capabilities, seccomp};
+use super::{Refusals, capabilities, seccomp, security};
 
 /// PATH when neither request nor image has one.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -29,6 +29,7 @@ pub(super) fn process(
     );
     guest::Process {
         seccomp: seccomp::filter(context, &capabilities.bounding, refusals),
+        apparmor: security::apparmor(context, refusals),
         args: args(&config.command, &config.args, image, refusals),
         env: env(&config.envs, image, hostname, config.tty, refusals),
         cwd: cwd(&config.working_dir, image, refusals),

@@ -147,6 +147,21 @@ impl GuestClient {
         Ok(())
     }
 
+    /// Adds AppArmor profiles to the guest's kernel.
+    pub async fn load_apparmor_policy(&self, policy: Vec<u8>, deadline: Duration) -> Result<(), GuestError> {
+        let mut agent = self.agent.clone();
+        let request = agent.load_apparmor_policy(v1::LoadApparmorPolicyRequest { policy });
+        bounded("LoadApparmorPolicy", deadline, request).await?;
+        Ok(())
+    }
+
+    /// What AppArmor of the guest's kernel can do, as apparmor_parser reads it.
+    pub async fn apparmor_features(&self, deadline: Duration) -> Result<String, GuestError> {
+        let mut agent = self.agent.clone();
+        let request = agent.apparmor_features(v1::ApparmorFeaturesRequest {});
+        Ok(bounded("ApparmorFeatures", deadline, request).await?.features)
+    }
+
     /// Prepares a container; nothing runs yet.
     pub async fn create_container(
         &self,

@@ -39,6 +39,8 @@ pub struct Guest {
     pub volumes: Mutex<BTreeMap<String, Vec<v1::VolumeEntry>>>,
     pub containers: Mutex<BTreeMap<String, FakeContainer>>,
     pub signals: Mutex<Vec<u32>>,
+    /// AppArmor policies, as they were loaded.
+    pub policies: Mutex<Vec<Vec<u8>>>,
     /// Asked to be online; 0: never asked.
     pub cpus: Mutex<u32>,
 }
@@ -235,6 +237,26 @@ impl agent_server::Agent for Verbs {
             .unwrap()
             .insert(request.volume_id, request.entries);
         Ok(Response::new(v1::PutVolumeReply {}))
+    }
+    async fn load_apparmor_policy(
+        &self,
+        request: Request<v1::LoadApparmorPolicyRequest>,
+    ) -> Result<Response<v1::LoadApparmorPolicyReply>, Status> {
+        self.enter("LoadApparmorPolicy").await?;
+        self.guest
+            .policies
+            .lock()
+            .unwrap()
+            .push(request.into_inner().policy);
+        Ok(Response::new(v1::LoadApparmorPolicyReply {}))
+    }
+    async fn apparmor_features(
+        &self,
+        _: Request<v1::ApparmorFeaturesRequest>,
+    ) -> Result<Response<v1::ApparmorFeaturesReply>, Status> {
+        self.enter("ApparmorFeatures").await?;
+        let features = include_str!("../../../guest/apparmor/features").into();
+        Ok(Response::new(v1::ApparmorFeaturesReply { features }))
     }
     async fn mount_shared(
         &self,

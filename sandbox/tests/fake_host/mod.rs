@@ -316,6 +316,15 @@ impl Default for Node {
 }
 
 impl Node {
+    /// A kernel of its own without any profile, and a directory for files.
+    pub fn apparmor(&self) -> caisson_sandbox::AppArmorSettings {
+        let files = self.dir.path().join("apparmor.d");
+        std::fs::create_dir_all(&files).unwrap();
+        caisson_sandbox::AppArmorSettings {
+            kernel: self.dir.path().join("apparmor"),
+            ..caisson_sandbox::AppArmorSettings::new(files, None)
+        }
+    }
     pub fn root(&self) -> PathBuf {
         self.dir.path().join("root")
     }
@@ -342,6 +351,7 @@ impl Node {
             host_reserve_mib: 64,
             scratch_bytes: 64 << 20,
             attach_slots: 2,
+            apparmor: self.apparmor(),
             empty_dir_bytes: 16 << 20,
             file_server: PathBuf::from("/nonexistent/caisson-file-server"),
             boot_deadline: self.boot_deadline,

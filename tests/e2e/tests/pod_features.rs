@@ -10,7 +10,7 @@ use caisson_e2e::{
     node::{Node, node},
     run, skipped,
 };
-use k8s_cri::v1::{self as cri, MountPropagation, security_profile::ProfileType};
+use k8s_cri::v1::{self as cri, MountPropagation};
 
 fn sleeper(name: &str, image: &str) -> cri::ContainerConfig {
     container(name, image, &["sleep", "1000"])
@@ -121,20 +121,6 @@ fn doors_to_the_kernel_are_those_of_the_guest_and_open_as_far_as_asked() -> Resu
             told.contains("the guest's kernel has no device btrfs-control"),
             "{told}"
         );
-
-        // AppArmor: the runtime's default is nobody's policy, a profile is somebody's.
-        let apparmor = |name: &str, kind: ProfileType| {
-            let mut config = sleeper(name, &image);
-            security(&mut config).apparmor = Some(cri::SecurityProfile {
-                profile_type: kind.into(),
-                localhost_ref: "mine".into(),
-            });
-            config
-        };
-        let default = apparmor("default", ProfileType::RuntimeDefault);
-        cri.create(&pod_id, &default, &config).await?;
-        let told = refused(&mut cri, &pod_id, &apparmor("x", ProfileType::Localhost), &config).await?;
-        ensure!(told.contains("AppArmor profile \"mine\""), "{told}");
         cri.remove_pod(&pod_id).await?;
         Ok(())
     })

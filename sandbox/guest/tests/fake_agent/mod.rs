@@ -338,6 +338,18 @@ impl agent_server::Agent for Verbs {
     ) -> Result<Response<v1::ConfigureSandboxReply>, Status> {
         unimplemented("ConfigureSandbox")
     }
+    async fn load_apparmor_policy(
+        &self,
+        _: Request<v1::LoadApparmorPolicyRequest>,
+    ) -> Result<Response<v1::LoadApparmorPolicyReply>, Status> {
+        unimplemented("LoadApparmorPolicy")
+    }
+    async fn apparmor_features(
+        &self,
+        _: Request<v1::ApparmorFeaturesRequest>,
+    ) -> Result<Response<v1::ApparmorFeaturesReply>, Status> {
+        unimplemented("ApparmorFeatures")
+    }
     async fn put_volume(
         &self,
         request: Request<v1::PutVolumeRequest>,
