@@ -1,8 +1,10 @@
 # What confines a container that names no AppArmor profile, or RuntimeDefault. It has the whole of the container's own files and network;
-# what it is kept from are the guest kernel's interfaces, which the other containers of the pod depend on, and mounts.
+# what it is kept from are the guest kernel's interfaces, which the other containers of the pod depend on. Mounts are left to
+# CAP_SYS_ADMIN: a pod that is given it, for FUSE or containers of its own, runs in a VM so that it may use it. Signals are left to PID
+# namespaces: PID 1 of a shared one is not confined, and containers are used to talk to it.
 #
-# Compiled by guest/initramfs.sh for the classes in `features`, which both guest kernels have. No includes: the result depends on nothing
-# but this file, that one, and the compiler.
+# Compiled by guest/initramfs.sh for the classes in `features`, which both guest kernels have; mounts and signals are not among them. No
+# includes: the result depends on nothing but this file, that one, and the compiler.
 
 profile caisson-default flags=(attach_disconnected,mediate_deleted) {
   file,
@@ -11,13 +13,7 @@ profile caisson-default flags=(attach_disconnected,mediate_deleted) {
   # Whom the seccomp filter lets through: nobody but the agent talks to the host over vsock.
   deny network vsock,
 
-  # Mounts are the runtime's. What is there already may be let go of.
-  deny mount,
-  umount,
-
-  # From the agent, and among the pod's containers.
-  signal (receive) peer=unconfined,
-  signal (send, receive) peer=caisson-default,
+  # Each other, and not the agent.
   ptrace (read, readby, trace, tracedby) peer=caisson-default,
 
   # Of /proc only the directories of processes can be written to, and the sizes of System V shared memory.
