@@ -1,15 +1,17 @@
 //! The second half of `make bench-vmm`: disks and network of a pod on the built-in VMM, and on QEMU with KVM, in the same run.
 //!
-//! `bench-io [SECONDS]` runs fio and iperf3 in a container, for so long each, and prints tables in Markdown. CPU is what all processes of the
-//! VM used on the host, vhost threads included; under emulation, work for each second of it says more than work for each second of the wall.
-//! Needs fio and iperf3 on the host that it runs on, which it puts into an image with their libraries.
+//! `bench-io [SECONDS]` runs fio, iperf3 and echoes over TCP in a container, for so long each, and prints tables in Markdown. CPU is what all
+//! processes of the VM used on the host, vhost threads included; under emulation, work for each second of it says more than work for each second
+//! of the wall. Needs fio and iperf3 on the host that it runs on, which it puts into an image with their libraries, and itself: `bench-io
+//! --echo ADDRESS SECONDS` is the client of the echoes. What fails is told, left out of the tables, and ends the program with an error.
 
 use std::{
     collections::BTreeSet,
     fs,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
-    path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
@@ -18,6 +20,7 @@ use caisson_e2e::{
     cri::{Cri, container, pod},
     daemon::{Daemon, Product},
     eventually,
+    figures::{cpu_of, quantile},
     host::{Host, text},
     image::{Image, Layer, busybox_layer},
     registry::Registry,
@@ -44,6 +47,23 @@ const DISK: [(&str, &str); 5] = [
     ("write, 256 KiB, depth 4", "--rw=write --bs=256k --iodepth=4"),
 ];
 
+/// Words of every call of fio.
+const FIO: &str =
+    "fio --name=x --filename=/data/x --size=128M --ioengine=libaio --direct=1 --output-format=json";
+
+/// What iperf3 does: its name here, and its words.
+const STREAMS: [(&str, &str); 3] = [
+    ("TCP to the host", "-P 1"),
+    ("TCP from the host", "-P 1 -R"),
+    ("TCP to the host, 4 streams", "-P 4"),
+];
+
+/// Where the host answers echoes.
+const ECHO_PORT: u16 = 5203;
+
+/// The longest that one driver may take; what has not been measured by then is left out.
+const DRIVER_LIMIT: Duration = Duration::from_secs(540);
+
 /// A figure of one driver: work, its unit, and the CPU time it cost.
 struct Figure {
     what: String,
@@ -51,47 +71,144 @@ struct Figure {
     unit: &'static str,
     wall: Duration,
     cpu: Duration,
+    /// Of single requests, where they come one after the other: median and 99th percentile, microseconds.
+    latency: Option<(f64, f64)>,
 }
 
-fn main() -> Result<()> {
-    let seconds: u64 = std::env::args().nth(1).map_or(Ok(8), |text| text.parse())?;
+/// What was measured of one driver.
+#[derive(Default)]
+struct Measured {
+    figures: Vec<Figure>,
+    failures: usize,
+}
+
+fn main() -> Result<ExitCode> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let [flag, address, seconds] = &args[..]
+        && flag == "--echo"
+    {
+        println!("{}", echo(address, Duration::from_secs(seconds.parse()?))?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let seconds: u64 = args.first().map_or(Ok(8), |text| text.parse())?;
     let host = Host::enter()?;
     let drivers = ["builtin", "qemu"];
-    let measured: Vec<Vec<Figure>> = run(async {
+    let measured: Vec<Measured> = run(async {
         let registry = Registry::start(&host.dir().join("registry")).await?;
         let image = registry.push("bench/io", "1", &tools()?)?;
         let mut measured = Vec::new();
         for driver in drivers {
-            measured.push(measure(&host, driver, &image, seconds).await.context(driver)?);
+            let mut one = Measured::default();
+            let limited =
+                tokio::time::timeout(DRIVER_LIMIT, measure(&host, driver, &image, seconds, &mut one)).await;
+            let failure = match limited {
+                Ok(outcome) => outcome.err(),
+                Err(_) => Some(anyhow::anyhow!("not done after {} s", DRIVER_LIMIT.as_secs())),
+            };
+            if let Some(error) = failure {
+                println!("- {driver}: failed: {error:#}");
+                one.failures += 1;
+            }
+            measured.push(one);
         }
         Ok(measured)
     })?;
+    report(&measured, seconds);
+    let failures: usize = measured.iter().map(|one| one.failures).sum();
+    if failures > 0 {
+        println!("\n**Incomplete: {failures} measurements failed; see above.**");
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A table of every figure that any driver has.
+fn report(measured: &[Measured], seconds: u64) {
+    let mut names: Vec<(&str, &str)> = Vec::new();
+    for figure in measured.iter().flat_map(|one| &one.figures) {
+        if !names.contains(&(&figure.what, figure.unit)) {
+            names.push((&figure.what, figure.unit));
+        }
+    }
+    let cells = |what: &str, value: &dyn Fn(&Figure) -> Option<f64>| -> String {
+        let cell = |one: &Measured| {
+            let figure = one.figures.iter().find(|figure| figure.what == what);
+            figure
+                .and_then(value)
+                .map_or("-".to_owned(), |value| format!("{value:.0}"))
+        };
+        measured.iter().map(cell).collect::<Vec<_>>().join(" | ")
+    };
     println!(
         "\n| {seconds} s each | caisson-vmm | QEMU | caisson-vmm, for each CPU-s | QEMU, for each CPU-s |"
     );
     println!("|---|---:|---:|---:|---:|");
-    for (ours, theirs) in measured[0].iter().zip(&measured[1]) {
-        let rate = |figure: &Figure| figure.work / figure.wall.as_secs_f64();
-        let economy = |figure: &Figure| figure.work / figure.cpu.as_secs_f64();
-        println!(
-            "| {}, {} | {:.0} | {:.0} | {:.0} | {:.0} |",
-            ours.what,
-            ours.unit,
-            rate(ours),
-            rate(theirs),
-            economy(ours),
-            economy(theirs)
-        );
+    for (what, unit) in &names {
+        let rate = cells(what, &|figure| Some(figure.work / figure.wall.as_secs_f64()));
+        let economy = cells(what, &|figure| {
+            let spent = figure.cpu.as_secs_f64();
+            (spent > 0.0).then(|| figure.work / spent)
+        });
+        println!("| {what}, {unit} | {rate} | {economy} |");
     }
-    Ok(())
+    println!("\n| latency, µs | caisson-vmm, median | QEMU, median | caisson-vmm, 99 % | QEMU, 99 % |");
+    println!("|---|---:|---:|---:|---:|");
+    for (what, _) in &names {
+        let median = cells(what, &|figure| Some(figure.latency?.0));
+        let tail = cells(what, &|figure| Some(figure.latency?.1));
+        if median.contains(|letter: char| letter.is_ascii_digit()) {
+            println!("| {what} | {median} | {tail} |");
+        }
+    }
 }
 
-/// busybox, fio and iperf3.
+/// Sends a byte and waits for it to come back, again and again: how often, and the time of each.
+fn echo(address: &str, length: Duration) -> Result<Value> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    let (began, mut times) = (Instant::now(), Vec::new());
+    while began.elapsed() < length {
+        let sent = Instant::now();
+        let mut byte = [7];
+        stream.write_all(&byte)?;
+        stream.read_exact(&mut byte)?;
+        times.push(sent.elapsed().as_secs_f64() * 1e6);
+    }
+    Ok(json!({
+        "count": times.len(),
+        "seconds": began.elapsed().as_secs_f64(),
+        "median": quantile(&times, 0.5),
+        "tail": quantile(&times, 0.99),
+    }))
+}
+
+/// Answers echoes, one client at a time, for as long as the process lives.
+fn answer_echoes(listener: &TcpListener) {
+    for stream in listener.incoming() {
+        // A client that goes away is done.
+        let _done = stream.and_then(|mut stream| {
+            stream.set_nodelay(true)?;
+            let mut byte = [0];
+            loop {
+                stream.read_exact(&mut byte)?;
+                stream.write_all(&byte)?;
+            }
+            #[expect(unreachable_code, reason = "names the type of the loop's end")]
+            std::io::Result::Ok(())
+        });
+    }
+}
+
+/// busybox, fio, iperf3 and this program.
 fn tools() -> Result<Image> {
     let mut files = BTreeSet::new();
+    let own = std::env::current_exe()?;
+    let mut programs = vec![own.to_str().context("a path that is no text")?.to_owned()];
     for program in ["fio", "iperf3"] {
         let path = text(Command::new("sh").args(["-c", &format!("command -v {program}")]))?;
-        let path = path.trim().to_owned();
+        programs.push(path.trim().to_owned());
+    }
+    for path in programs {
         let libraries = text(Command::new("ldd").arg(&path))?;
         let absolute = |word: &&str| word.starts_with('/');
         files.extend(
@@ -122,7 +239,13 @@ impl Drop for Server {
     }
 }
 
-async fn measure(host: &Host, driver: &str, image: &str, seconds: u64) -> Result<Vec<Figure>> {
+async fn measure(
+    host: &Host,
+    driver: &str,
+    image: &str,
+    seconds: u64,
+    measured: &mut Measured,
+) -> Result<()> {
     eprintln!("driver {driver}");
     let mut daemon = Daemon::start(host, &Product::find()?, &["--hypervisor", driver]).await?;
     let mut cri = daemon.cri().await?;
@@ -154,27 +277,29 @@ async fn measure(host: &Host, driver: &str, image: &str, seconds: u64) -> Result
         cri: cri.clone(),
         id,
         pids,
-        figures: Vec::new(),
-        limit: i64::try_from(seconds)? * 10 + 120,
+        driver: driver.to_owned(),
+        measured,
+        limit: i64::try_from(seconds)? * 6 + 60,
     };
-    bench.disk(seconds).await?;
-    bench.network(seconds).await?;
+    bench.disk(seconds).await;
+    bench.network(seconds).await;
     cri.remove_pod(&pod_id).await?;
     daemon.terminate().await?;
-    Ok(bench.figures)
+    Ok(())
 }
 
 /// A container, and what was measured in it.
-struct Bench {
+struct Bench<'m> {
     cri: Cri,
     id: String,
     pids: Vec<String>,
-    figures: Vec<Figure>,
+    driver: String,
+    measured: &'m mut Measured,
     /// For each command, seconds.
     limit: i64,
 }
 
-impl Bench {
+impl Bench<'_> {
     async fn shell(&mut self, script: &str) -> Result<(String, Duration)> {
         let before = self.cpu();
         let (code, output, errors) = self
@@ -182,107 +307,139 @@ impl Bench {
             .exec_within(&self.id, &["sh", "-c", script], self.limit)
             .await?;
         ensure!(code == 0, "{script}: {code}: {output}{errors}");
-        Ok((output, self.cpu() - before))
+        Ok((output, self.cpu().saturating_sub(before)))
     }
 
     /// All threads of the VM's processes.
     fn cpu(&self) -> Duration {
-        let nanos = self.pids.iter().flat_map(|pid| tasks(pid)).filter_map(|task| {
-            let text = fs::read_to_string(task.join("schedstat")).ok()?;
-            text.split_ascii_whitespace().next()?.parse::<u64>().ok()
-        });
-        Duration::from_nanos(nanos.sum())
+        self.pids.iter().map(|pid| cpu_of(pid)).sum()
     }
 
-    async fn disk(&mut self, seconds: u64) -> Result<()> {
-        let words =
-            "fio --name=x --filename=/data/x --size=128M --ioengine=libaio --direct=1 --output-format=json";
-        self.shell(&format!("{words} --rw=write --bs=1M --end_fsync=1"))
-            .await?;
-        for (what, how) in DISK {
-            eprintln!("{what}");
-            let (output, cpu) = self
-                .shell(&format!("{words} {how} --time_based --runtime={seconds}"))
-                .await?;
-            let start = output.find('{').context("no JSON")?;
-            let report: Value = serde_json::from_str(output.get(start..).unwrap_or_default())?;
-            let job = &report["jobs"][0];
-            let sum = |key: &str| {
-                let side = |side: &str| job[side][key].as_f64().unwrap_or_default();
-                side("read") + side("write")
-            };
-            let small = how.contains("4k");
-            self.figures.push(Figure {
-                what: what.into(),
-                work: if small {
-                    sum("total_ios")
-                } else {
-                    sum("io_bytes") / 1e6
-                },
-                unit: if small { "requests" } else { "MB" },
-                wall: Duration::from_secs_f64(job["job_runtime"].as_f64().context("no runtime")? / 1e3),
-                cpu,
-            });
+    /// A figure more, or a failure.
+    fn note(&mut self, what: &str, outcome: Result<Figure>) {
+        match outcome {
+            Ok(figure) => {
+                let rate = figure.work / figure.wall.as_secs_f64();
+                eprintln!("{what}: {rate:.0} {} each second", figure.unit);
+                self.measured.figures.push(figure);
+            }
+            Err(error) => {
+                println!("- {}: {what}: failed: {error:#}", self.driver);
+                self.measured.failures += 1;
+            }
         }
-        Ok(())
     }
 
-    async fn network(&mut self, seconds: u64) -> Result<()> {
+    async fn disk(&mut self, seconds: u64) {
+        let prepared = self
+            .shell(&format!("{FIO} --rw=write --bs=1M --end_fsync=1"))
+            .await;
+        if let Err(error) = prepared {
+            return self.note("a file for fio", Err(error));
+        }
+        for (what, how) in DISK {
+            let outcome = self.fio(what, how, seconds).await;
+            self.note(what, outcome);
+        }
+    }
+
+    async fn fio(&mut self, what: &str, how: &str, seconds: u64) -> Result<Figure> {
+        let (output, cpu) = self
+            .shell(&format!("{FIO} {how} --time_based --runtime={seconds}"))
+            .await?;
+        let start = output.find('{').context("no JSON")?;
+        let report: Value = serde_json::from_str(output.get(start..).unwrap_or_default())?;
+        let job = &report["jobs"][0];
+        let sum = |key: &str| {
+            let side = |side: &str| job[side][key].as_f64().unwrap_or_default();
+            side("read") + side("write")
+        };
+        let small = how.contains("4k");
+        let percentile = |side: &str, key: &str| job[side]["clat_ns"]["percentile"][key].as_f64();
+        let latency = ["read", "write"].iter().find_map(|side| {
+            let (median, tail) = (percentile(side, "50.000000")?, percentile(side, "99.000000")?);
+            (median > 0.0).then_some((median / 1e3, tail / 1e3))
+        });
+        Ok(Figure {
+            what: what.into(),
+            work: if small {
+                sum("total_ios")
+            } else {
+                sum("io_bytes") / 1e6
+            },
+            unit: if small { "requests" } else { "MB" },
+            wall: Duration::from_secs_f64(job["job_runtime"].as_f64().context("no runtime")? / 1e3),
+            cpu,
+            latency: latency.filter(|_| small),
+        })
+    }
+
+    async fn network(&mut self, seconds: u64) {
         let server = Command::new("iperf3")
             .args(["-s", "-B", GATEWAY])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .spawn()?;
-        let _server = Server(server);
-        eventually("iperf3's port", Duration::from_secs(20), async || {
+            .spawn();
+        let server = match server {
+            Ok(server) => Server(server),
+            Err(error) => return self.note("iperf3's server", Err(error.into())),
+        };
+        let listens = eventually("iperf3's port", Duration::from_secs(20), async || {
             tokio::net::TcpStream::connect((GATEWAY, 5201)).await.ok()
-        })
-        .await?;
-        let directions = [
-            ("TCP to the host", "-P 1"),
-            ("TCP from the host", "-P 1 -R"),
-            ("TCP to the host, 4 streams", "-P 4"),
-        ];
-        for (what, words) in directions {
-            eprintln!("{what}");
-            // A server that still ends with the one before says busy.
-            let script = format!(
-                "for i in 1 2 3 4 5 6 7 8; do iperf3 -c {GATEWAY} -t {seconds} -J {words} >/tmp/out && break; sleep 0.2; done; cat /tmp/out"
-            );
-            let (output, cpu) = self.shell(&script).await?;
-            let report: Value = serde_json::from_str(&output)?;
-            let received = &report["end"]["sum_received"];
-            self.figures.push(Figure {
-                what: what.into(),
-                work: received["bytes"].as_f64().context("no bytes")? / 1e6,
-                unit: "MB",
-                wall: Duration::from_secs_f64(received["seconds"].as_f64().context("no time")?),
-                cpu,
-            });
-        }
-        eprintln!("echoes");
-        let count = 100 * seconds;
-        let began = Instant::now();
-        let (output, cpu) = self.shell(&format!("ping -q -A -c {count} {GATEWAY}")).await?;
-        ensure!(output.contains(" 0% packet loss"), "{output}");
-        self.figures.push(Figure {
-            what: "echo requests, one after the other".into(),
-            #[expect(clippy::cast_precision_loss, reason = "a few hundred")]
-            work: count as f64,
-            unit: "echoes",
-            wall: began.elapsed(),
-            cpu,
         });
-        Ok(())
+        match listens.await {
+            Ok(_) => {
+                for (what, words) in STREAMS {
+                    let outcome = self.iperf3(what, words, seconds).await;
+                    self.note(what, outcome);
+                }
+            }
+            Err(error) => self.note("iperf3's server", Err(error)),
+        }
+        drop(server);
+        let what = "echoes over TCP, one after the other";
+        let outcome = self.echoes(what, seconds).await;
+        self.note(what, outcome);
     }
-}
 
-fn tasks(pid: &str) -> Vec<std::path::PathBuf> {
-    let tasks = fs::read_dir(Path::new("/proc").join(pid).join("task"));
-    tasks
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|task| task.path())
-        .collect()
+    async fn iperf3(&mut self, what: &str, words: &str, seconds: u64) -> Result<Figure> {
+        // A server that still ends with the one before says busy.
+        let script = format!(
+            "for i in 1 2 3 4 5 6 7 8; do iperf3 -c {GATEWAY} -t {seconds} -J {words} >/tmp/out && break; sleep 0.2; done; cat /tmp/out"
+        );
+        let (output, cpu) = self.shell(&script).await?;
+        let report: Value = serde_json::from_str(&output)?;
+        let received = &report["end"]["sum_received"];
+        Ok(Figure {
+            what: what.into(),
+            work: received["bytes"]
+                .as_f64()
+                .with_context(|| format!("no bytes: {}", report["error"]))?
+                / 1e6,
+            unit: "MB",
+            wall: Duration::from_secs_f64(received["seconds"].as_f64().context("no time")?),
+            cpu,
+            latency: None,
+        })
+    }
+
+    async fn echoes(&mut self, what: &str, seconds: u64) -> Result<Figure> {
+        // Another driver's may still be there: it answers as well.
+        if let Ok(listener) = TcpListener::bind((GATEWAY, ECHO_PORT)) {
+            std::thread::spawn(move || answer_echoes(&listener));
+        }
+        let own = std::env::current_exe()?;
+        let script = format!("{} --echo {GATEWAY}:{ECHO_PORT} {seconds}", own.display());
+        let (output, cpu) = self.shell(&script).await?;
+        let report: Value = serde_json::from_str(&output)?;
+        let number = |key: &str| report[key].as_f64().with_context(|| format!("no {key}"));
+        Ok(Figure {
+            what: what.into(),
+            work: number("count")?,
+            unit: "echoes",
+            wall: Duration::from_secs_f64(number("seconds")?),
+            cpu,
+            latency: Some((number("median")?, number("tail")?)),
+        })
+    }
 }

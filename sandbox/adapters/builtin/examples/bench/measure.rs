@@ -11,6 +11,8 @@ use std::{
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Cost {
     pub(crate) cpu: Duration,
+    /// Without the threads of vCPUs.
+    pub(crate) own: Duration,
 }
 
 impl Add for Cost {
@@ -18,6 +20,7 @@ impl Add for Cost {
     fn add(self, other: Self) -> Self {
         Self {
             cpu: self.cpu + other.cpu,
+            own: self.own + other.own,
         }
     }
 }
@@ -27,13 +30,14 @@ impl Sub for Cost {
     fn sub(self, other: Self) -> Self {
         Self {
             cpu: self.cpu.saturating_sub(other.cpu),
+            own: self.own.saturating_sub(other.own),
         }
     }
 }
 
 /// What all threads of a process have used.
 pub(crate) fn cost(pid: u32) -> Cost {
-    let mut nanos = 0;
+    let mut cost = Cost::default();
     for task in fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()
@@ -44,11 +48,23 @@ pub(crate) fn cost(pid: u32) -> Cost {
             .split_ascii_whitespace()
             .next()
             .and_then(|word| word.parse::<u64>().ok());
-        nanos += on_cpu.unwrap_or(0);
+        let spent = Duration::from_nanos(on_cpu.unwrap_or(0));
+        cost.cpu += spent;
+        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        // Ours, and QEMU's with debug-threads=on.
+        if !name.starts_with("vcpu") && !name.contains("/KVM") {
+            cost.own += spent;
+        }
     }
-    Cost {
-        cpu: Duration::from_nanos(nanos),
-    }
+    cost
+}
+
+/// Whether the process is there, and more than a zombie.
+pub(crate) fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ")
+        .next()
+        .is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
 }
 
 /// What children that have ended and been waited for have used.
@@ -62,8 +78,10 @@ pub(crate) fn ended_children() -> Cost {
         .collect();
     // cutime and cstime, fields 16 and 17 of proc(5), in ticks of 10 ms.
     let ticks: u64 = fields[13].parse::<u64>().unwrap() + fields[14].parse::<u64>().unwrap();
+    let spent = Duration::from_millis(ticks * 10);
     Cost {
-        cpu: Duration::from_millis(ticks * 10),
+        cpu: spent,
+        own: spent,
     }
 }
 
@@ -109,8 +127,9 @@ struct Mapping {
     values: BTreeMap<String, u64>,
 }
 
-/// Of a process, parted by what is the guest's memory: neighbouring mappings that are as large as it together.
-pub(crate) fn memory(pid: u32, guest_mib: u64) -> Memory {
+/// Of a process, parted by what is the guest's memory: neighbouring mappings that are as large as it together. Nothing if
+/// there are none.
+pub(crate) fn memory(pid: u32, guest_mib: u64) -> Option<Memory> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in fs::read_to_string(format!("/proc/{pid}/smaps"))
         .unwrap_or_default()
@@ -133,7 +152,7 @@ pub(crate) fn memory(pid: u32, guest_mib: u64) -> Memory {
             _ => {}
         }
     }
-    let guest = guest_of(&mappings, guest_mib << 20);
+    let guest = guest_of(&mappings, guest_mib << 20)?;
     let sum = |inside: Option<bool>, what: &str| -> u64 {
         let chosen = mappings
             .iter()
@@ -141,16 +160,16 @@ pub(crate) fn memory(pid: u32, guest_mib: u64) -> Memory {
             .filter(|(at, _)| inside.is_none_or(|inside| guest.contains(at) == inside));
         chosen.filter_map(|(_, mapping)| mapping.values.get(what)).sum()
     };
-    Memory {
+    Some(Memory {
         pss: sum(Some(false), "Pss:"),
         private_dirty: sum(Some(false), "Private_Dirty:"),
         guest_rss: sum(Some(true), "Rss:"),
         all_pss: sum(None, "Pss:"),
         threads: fs::read_dir(format!("/proc/{pid}/task")).map_or(0, |tasks| tasks.count() as u64),
-    }
+    })
 }
 
-fn guest_of(mappings: &[Mapping], bytes: u64) -> std::ops::Range<usize> {
+fn guest_of(mappings: &[Mapping], bytes: u64) -> Option<std::ops::Range<usize>> {
     for first in 0..mappings.len() {
         let mut end = mappings[first].start;
         for (offset, mapping) in mappings[first..].iter().enumerate() {
@@ -159,11 +178,11 @@ fn guest_of(mappings: &[Mapping], bytes: u64) -> std::ops::Range<usize> {
             }
             end = mapping.end;
             if end - mappings[first].start == bytes {
-                return first..first + offset + 1;
+                return Some(first..first + offset + 1);
             }
         }
     }
-    panic!("no mappings of {bytes} bytes together");
+    None
 }
 
 /// What the host could give away, KiB.

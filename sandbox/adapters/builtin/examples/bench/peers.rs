@@ -4,7 +4,10 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,7 +19,7 @@ use tokio::{
     net::UnixStream,
 };
 
-use crate::{MEMORY_MIB, PORT};
+use crate::{MEMORY_MIB, Outcome, PORT};
 
 /// Context ids of QEMU's VMs begin here.
 const CIDS: u32 = 100;
@@ -25,9 +28,14 @@ const CIDS: u32 = 100;
 #[async_trait]
 pub(crate) trait Peer: Sync {
     fn name(&self) -> &'static str;
+    /// What and which version it is.
     fn describe(&self) -> String;
+    /// Its last boot has failed: whether there is another way to try, which is taken from now on.
+    fn fall_back(&self) -> bool {
+        false
+    }
     /// `number` is one that no other running VM has.
-    async fn start(&self, number: u32) -> Box<dyn Vmm>;
+    async fn start(&self, number: u32) -> Outcome<Box<dyn Vmm>>;
 }
 
 /// A VM.
@@ -53,17 +61,17 @@ struct CaissonVm {
 }
 
 impl Caisson {
-    pub(crate) async fn new(vmm: PathBuf, kernel: &Path, initramfs: &Path) -> Self {
+    pub(crate) async fn new(vmm: PathBuf, kernel: &Path, initramfs: &Path) -> Outcome<Self> {
         let config = BuiltinConfig {
             vmm,
             kvm: "/dev/kvm".into(),
             users: Users::new(VmUser::default()).unwrap(),
         };
-        Self {
-            driver: Builtin::detect(config).await.unwrap(),
+        Ok(Self {
+            driver: Builtin::detect(config).await.map_err(|e| chain(&e))?,
             kernel: kernel.to_owned(),
             initramfs: initramfs.to_owned(),
-        }
+        })
     }
 }
 
@@ -77,7 +85,7 @@ impl Peer for Caisson {
         self.driver.describe()
     }
 
-    async fn start(&self, number: u32) -> Box<dyn Vmm> {
+    async fn start(&self, number: u32) -> Outcome<Box<dyn Vmm>> {
         let dir = tempfile::tempdir().unwrap();
         let spec = VmSpec {
             id: format!("{:x}{number:04x}", std::process::id()),
@@ -94,10 +102,10 @@ impl Peer for Caisson {
             attach_slots: 16,
             cgroup: None,
         };
-        Box::new(CaissonVm {
-            vm: self.driver.launch(spec).await.unwrap(),
+        Ok(Box::new(CaissonVm {
+            vm: self.driver.launch(spec).await.map_err(|e| chain(&e))?,
             _dir: dir,
-        })
+        }))
     }
 }
 
@@ -126,12 +134,21 @@ impl Vmm for CaissonVm {
     }
 
     async fn kill(&self) {
-        self.vm.kill().await.unwrap();
+        if let Err(e) = self.vm.kill().await {
+            eprintln!("a VM stays: {}", chain(&e));
+        }
     }
 }
 
+/// The least of a machine first; then with the timers and the interrupt controller of a PC.
+const MACHINES: [&str; 2] = [
+    "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on",
+    "microvm,x-option-roms=off,rtc=off,isa-serial=on",
+];
+
 /// QEMU with as little machine as it has.
 pub(crate) struct Microvm {
+    machine: AtomicUsize,
     kernel: PathBuf,
     initramfs: PathBuf,
     version: String,
@@ -144,18 +161,37 @@ struct MicrovmVm {
 }
 
 impl Microvm {
-    pub(crate) fn new(kernel: &Path, initramfs: &Path) -> Self {
+    fn machine(&self) -> &'static str {
+        MACHINES[self.machine.load(Ordering::Relaxed) % MACHINES.len()]
+    }
+
+    pub(crate) fn new(kernel: &Path, initramfs: &Path) -> Outcome<Self> {
         let output = Command::new("qemu-system-x86_64")
             .arg("--version")
             .output()
-            .unwrap();
+            .map_err(|e| format!("qemu-system-x86_64: {e}"))?;
+        if !Path::new("/dev/vhost-vsock").exists() {
+            return Err("/dev/vhost-vsock is missing: modprobe vhost_vsock".into());
+        }
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Self {
+        Ok(Self {
+            machine: AtomicUsize::new(0),
             kernel: kernel.to_owned(),
             initramfs: initramfs.to_owned(),
             version: text.lines().next().unwrap_or_default().to_owned(),
-        }
+        })
     }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 #[async_trait]
@@ -165,16 +201,27 @@ impl Peer for Microvm {
     }
 
     fn describe(&self) -> String {
-        format!("{}, -M microvm, virtio-mmio, vhost-vsock", self.version)
+        format!(
+            "{}, -M {}, virtio-mmio, vhost-vsock",
+            self.version,
+            self.machine()
+        )
     }
 
-    async fn start(&self, number: u32) -> Box<dyn Vmm> {
+    fn fall_back(&self) -> bool {
+        let tried = self.machine.fetch_add(1, Ordering::Relaxed);
+        tried + 1 < MACHINES.len()
+    }
+
+    async fn start(&self, number: u32) -> Outcome<Box<dyn Vmm>> {
         let (dir, cid) = (tempfile::tempdir().unwrap(), CIDS + number);
         let console = dir.path().join("console");
         let log = File::create(dir.path().join("log")).unwrap();
         let child = Command::new("qemu-system-x86_64")
             .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
-            .args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on"])
+            // So that the vCPU's thread can be told from the others.
+            .args(["-name", "peer,debug-threads=on"])
+            .args(["-M", self.machine()])
             .args(["-accel", "kvm", "-cpu", "host", "-smp", "1"])
             .args(["-m", &format!("{MEMORY_MIB}M")])
             .arg("-kernel")
@@ -191,12 +238,12 @@ impl Peer for Microvm {
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
-            .unwrap();
-        Box::new(MicrovmVm {
+            .map_err(|e| format!("qemu-system-x86_64: {e}"))?;
+        Ok(Box::new(MicrovmVm {
             child: Mutex::new(child),
             cid,
             dir,
-        })
+        }))
     }
 }
 
@@ -224,8 +271,9 @@ impl Vmm for MicrovmVm {
 
     async fn kill(&self) {
         let mut child = self.child.lock().unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
+        // It may have ended by itself.
+        child.kill().ok();
+        child.wait().ok();
     }
 }
 
