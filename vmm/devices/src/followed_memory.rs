@@ -44,8 +44,10 @@ impl FollowedMemory {
     pub fn add_follower(&self, follower: &Arc<dyn FollowsMemory>) -> io::Result<()> {
         let mut followers = self.lock();
         follower.follow(&self.ram.memory())?;
-        followers.retain(|known| known.strong_count() > 0);
-        followers.push(Arc::downgrade(follower));
+        let follower = Arc::downgrade(follower);
+        // A driver may start its device as often as it likes.
+        followers.retain(|known| known.strong_count() > 0 && !known.ptr_eq(&follower));
+        followers.push(follower);
         Ok(())
     }
 
@@ -155,10 +157,12 @@ mod tests {
         let seen = || std::mem::take(&mut *follower.0.lock().unwrap());
         let port: Arc<dyn FollowsMemory> = follower.clone();
         followed.add_follower(&port).unwrap();
+        followed.add_follower(&port).unwrap();
+        assert_eq!(seen(), [1, 1], "once more, and still one follower");
         for place in [0x1000, 0x2000] {
             followed.add_ram(GuestAddress(place), 0x1000).unwrap();
         }
-        assert_eq!(seen(), [1, 2, 3]);
+        assert_eq!(seen(), [2, 3]);
         assert!(followed.add_ram(GuestAddress(0x3000), 0x1000).is_err());
         assert_eq!((seen(), ram.memory().num_regions()), (vec![4, 3], 3));
         followed.unmap(GuestAddress(0x1000), 0x1000).unwrap();

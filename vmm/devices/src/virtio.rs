@@ -17,6 +17,7 @@ pub mod net;
 mod pci;
 pub mod pmem;
 pub mod rng;
+pub mod state;
 mod transport;
 pub mod vsock;
 mod worker;

@@ -187,6 +187,26 @@ impl ConfigSpace {
         }
     }
 
+    /// All of it.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8; CONFIG_BYTES] {
+        &self.bytes
+    }
+
+    /// Takes over what a guest has written into a space that is otherwise the same; whether it was one.
+    pub fn restore(&mut self, bytes: &[u8]) -> bool {
+        let fixed = |(at, byte): (usize, &u8)| {
+            let (own, mask) = (self.bytes.get(at)?, self.writable.get(at)?);
+            Some((own ^ byte) & !mask == 0)
+        };
+        let same =
+            bytes.len() == CONFIG_BYTES && bytes.iter().enumerate().all(|cell| fixed(cell) == Some(true));
+        if same {
+            self.write(0, bytes);
+        }
+        same
+    }
+
     /// As [`ConfigSpace::write`], past the write masks: for the device itself.
     pub fn set(&mut self, offset: u8, data: &[u8]) {
         self.put(usize::from(offset), data);

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     complaints::Complaints,
     ports::{MsiMessage, MsiVectors},
+    virtio::state::VectorState,
 };
 
 /// Vectors that a function may have here: one page of table.
@@ -90,6 +91,36 @@ impl Msix {
         for index in 0..state.entries.len() {
             self.settle(&mut state, index);
         }
+    }
+
+    /// Every vector, as it is.
+    #[must_use]
+    pub fn state(&self) -> Vec<VectorState> {
+        let state = self.lock();
+        let entries = state.entries.iter().map(|entry| VectorState {
+            address: entry.message.address,
+            data: entry.message.data,
+            masked: entry.masked,
+            pending: entry.pending,
+        });
+        entries.collect()
+    }
+
+    /// Takes over a table of as many vectors; whether it was one. The control register follows by [`Msix::set_control`].
+    pub fn restore(&self, vectors: &[VectorState]) -> bool {
+        let mut state = self.lock();
+        if vectors.len() != state.entries.len() {
+            return false;
+        }
+        for (entry, vector) in state.entries.iter_mut().zip(vectors) {
+            entry.message = MsiMessage {
+                address: vector.address & !3,
+                data: vector.data,
+            };
+            entry.masked = vector.masked;
+            entry.pending = vector.pending;
+        }
+        true
     }
 
     /// The device has something to say. Unknown vectors (0xffff is "none") are silent.

@@ -197,6 +197,11 @@ impl PciRoot {
         Ok(())
     }
 
+    /// A function's configuration space has become another by itself: its BARs answer where that says.
+    pub fn restored(&self, address: PciAddress) {
+        self.follow_bars(address);
+    }
+
     /// Where functions are.
     #[must_use]
     pub fn addresses(&self) -> Vec<PciAddress> {

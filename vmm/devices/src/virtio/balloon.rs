@@ -19,6 +19,7 @@ use super::{
     device::{ActivateError, Activation, ActiveQueue, DeviceType, Outcome, VirtioDevice, read_space},
     discard::{discard, discard_in},
     interrupt::Interrupt,
+    state::{DeviceState, RestoreError, SaveError},
     worker::{Host, Serve, Source, Worker},
 };
 use crate::{
@@ -218,6 +219,27 @@ impl VirtioDevice for Balloon {
             device: "balloon",
             source,
         })?);
+        Ok(())
+    }
+
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        let server = self.worker.take().and_then(Worker::stop);
+        server.map_or_else(Vec::new, |server| server.queues)
+    }
+
+    fn state(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Balloon {
+            target: self.shared.target.load(Ordering::SeqCst),
+            actual: self.shared.actual.load(Ordering::SeqCst),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Balloon { target, actual } = state else {
+            return Err(self.foreign_state());
+        };
+        self.shared.target.store(*target, Ordering::SeqCst);
+        self.shared.actual.store(*actual, Ordering::SeqCst);
         Ok(())
     }
 

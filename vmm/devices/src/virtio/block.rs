@@ -14,6 +14,7 @@ mod ring;
 mod server;
 
 use std::{
+    collections::VecDeque,
     fs::File,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -31,12 +32,14 @@ pub use request::{
 pub use server::RETRY;
 
 use super::{
-    device::{ActivateError, Activation, DeviceType, VirtioDevice, read_space},
+    device::{ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_space},
     interrupt::Interrupt,
+    state::{DeviceState, SaveError},
     worker::{Host, Worker},
 };
 use crate::ports::ThreadKind;
 use disk::Disk;
+use job::Job;
 use ring::Ring;
 use server::Server;
 
@@ -83,6 +86,8 @@ pub struct Block {
     shared: Arc<Shared>,
     asynchronous: bool,
     worker: Option<Worker<Server>>,
+    /// Requests that waited for space when the device was suspended.
+    shelved: VecDeque<Job>,
 }
 
 /// Reaches a disk that is in use.
@@ -122,6 +127,7 @@ impl Block {
             shared,
             asynchronous: true,
             worker: None,
+            shelved: VecDeque::new(),
         };
         Ok((device, handle))
     }
@@ -202,16 +208,40 @@ impl VirtioDevice for Block {
         let Activation {
             memory, interrupt, ..
         } = activation;
+        let waiting = std::mem::take(&mut self.shelved);
         let worker = Worker::start(ThreadKind::Block, &self.host, move || {
             let ring = asynchronous.then(|| Ring::new(&shared.disk));
             let ring = ring.and_then(Result::ok);
-            Server::new(shared, queue, ring, memory, interrupt, host, write_through)
+            let mut server = Server::new(shared, queue, ring, memory, interrupt, host, write_through)?;
+            server.go_on_waiting(waiting);
+            Ok(server)
         });
         self.worker = Some(worker.map_err(failed)?);
         Ok(())
     }
 
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        let server = self.worker.take().and_then(Worker::stop);
+        let parts = server.map(Server::into_parts);
+        parts.map_or_else(Vec::new, |(queue, waiting)| {
+            self.shelved = waiting;
+            vec![queue]
+        })
+    }
+
+    fn state(&self) -> Result<DeviceState, SaveError> {
+        if self.shelved.is_empty() {
+            Ok(DeviceState::Plain)
+        } else {
+            Err(SaveError::Waiting(self.shared.serial()))
+        }
+    }
+
     fn reset(&mut self) {
-        drop(self.worker.take().map(Worker::stop));
+        // Their driver has given up what waits.
+        self.shelved.clear();
+        if let Some(server) = self.worker.take().and_then(Worker::stop) {
+            server.give_up();
+        }
     }
 }

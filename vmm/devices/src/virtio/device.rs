@@ -3,11 +3,16 @@
 
 use std::{fmt, io, sync::atomic::Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{chain::Buffers, interrupt::Interrupt};
+use super::{
+    chain::Buffers,
+    interrupt::Interrupt,
+    state::{DeviceState, RestoreError, SaveError},
+};
 use crate::ports::GuestRam;
 
 /// Rounds of a whole queue that are served before other events get their turn.
@@ -17,7 +22,8 @@ const ROUNDS: u32 = 4;
 const NO_INTERRUPT: u16 = 1;
 
 /// Device types (virtio 1.2, chapter 5).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum DeviceType {
     /// Network card.
     Net,
@@ -101,6 +107,31 @@ pub trait VirtioDevice: Send {
 
     /// All work ends, before it returns; as new. May be called at any time, also twice.
     fn reset(&mut self);
+
+    /// All work ends, before it returns, and nothing is forgotten: what was begun is finished, and the queues come back as far as they have
+    /// been served. The next [`VirtioDevice::activate`] goes on from there. Until then the device leaves the guest's memory alone.
+    fn suspend(&mut self) -> Vec<ActiveQueue>;
+
+    /// What it has beside its queues; asked for between [`VirtioDevice::suspend`] and the next activation.
+    fn state(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Plain)
+    }
+
+    /// Becomes what another one of its kind was. Called only on a new device, before it is activated.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Plain => Ok(()),
+            _ => Err(self.foreign_state()),
+        }
+    }
+
+    /// The error for a state of another kind of device.
+    fn foreign_state(&self) -> RestoreError {
+        RestoreError::Mismatch {
+            device: self.device_type().name(),
+            what: "kind",
+        }
+    }
 }
 
 /// What a driver has set up.

@@ -103,6 +103,16 @@ impl Interrupt {
         self.0.generation.load(Ordering::SeqCst)
     }
 
+    pub(super) fn isr(&self) -> u8 {
+        self.0.isr.load(Ordering::SeqCst)
+    }
+
+    /// As it was in another function; vectors are set apart.
+    pub(super) fn restore(&self, isr: u8, generation: u8) {
+        self.0.isr.store(isr, Ordering::SeqCst);
+        self.0.generation.store(generation, Ordering::SeqCst);
+    }
+
     /// Reading the register clears it.
     pub(super) fn take_isr(&self) -> u8 {
         self.0.isr.swap(0, Ordering::SeqCst)

@@ -21,6 +21,7 @@ use super::{
     device::{ActivateError, Activation, ActiveQueue, DeviceType, Outcome, VirtioDevice, read_space},
     discard::discard_in,
     interrupt::Interrupt,
+    state::{DeviceState, RestoreError, SaveError},
     worker::{Host, Serve, Source, Worker},
 };
 use crate::{
@@ -422,6 +423,54 @@ impl VirtioDevice for Mem {
             device: "mem",
             source,
         })?);
+        Ok(())
+    }
+
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        let server = self.worker.take().and_then(Worker::stop);
+        server.map_or_else(Vec::new, |server| vec![server.queue])
+    }
+
+    fn state(&self) -> Result<DeviceState, SaveError> {
+        let state = self.shared.state();
+        Ok(DeviceState::Mem {
+            requested: state.requested,
+            plugged: state.blocks.pieces(),
+        })
+    }
+
+    /// The memory comes back zeroed; its contents are in the hands of whoever kept them.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Mem { requested, plugged } = state else {
+            return Err(self.foreign_state());
+        };
+        let differs = |what| RestoreError::Mismatch { device: "mem", what };
+        let Layout {
+            block, region, chunk, ..
+        } = self.shared.layout;
+        let mut state = self.shared.state();
+        if *requested > region || !requested.is_multiple_of(block) || state.blocks.bytes() > 0 {
+            return Err(differs("size"));
+        }
+        let mut blocks = state.blocks.clone();
+        for (start, bytes) in plugged {
+            blocks.restore(*start, *bytes).ok_or_else(|| differs("region"))?;
+        }
+        let chunks = blocks.used_chunks();
+        for (done, &at) in chunks.iter().enumerate() {
+            if let Err(source) = self.control.add_ram(GuestAddress(at), chunk) {
+                for &at in chunks.iter().take(done) {
+                    // What cannot be taken back stays until the machine ends, which is what follows.
+                    drop(self.control.unmap(GuestAddress(at), chunk));
+                }
+                return Err(RestoreError::Memory {
+                    device: "mem",
+                    source,
+                });
+            }
+        }
+        state.blocks = blocks;
+        state.requested = *requested;
         Ok(())
     }
 

@@ -12,7 +12,15 @@ mod pair;
 mod tap;
 mod vhost;
 
-use std::{fmt, fs::File, io, sync::Arc};
+use std::{
+    fmt,
+    fs::File,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
@@ -25,7 +33,8 @@ pub use pair::MAX_FRAME;
 pub use tap::HEADER_BYTES;
 
 use super::{
-    device::{ActivateError, Activation, DeviceType, VirtioDevice, read_space},
+    device::{ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_space},
+    state::{DeviceState, RestoreError, SaveError},
     worker::{Host, Worker},
 };
 use crate::{
@@ -106,6 +115,8 @@ pub struct Net {
     mtu: u16,
     offloads: bool,
     queue_sizes: Vec<u16>,
+    /// Pairs that the driver uses: one until it says otherwise.
+    in_use: Arc<AtomicUsize>,
     pairs: Vec<Worker<Pair>>,
     control: Option<Worker<Control>>,
     vhost: Option<InKernel>,
@@ -146,6 +157,7 @@ impl Net {
             mtu: config.mtu,
             offloads: config.offloads,
             queue_sizes,
+            in_use: Arc::new(AtomicUsize::new(1)),
             pairs: Vec::new(),
             control: None,
             vhost: None,
@@ -210,15 +222,15 @@ impl Net {
                 pairs.push(VhostPair {
                     vhost: Arc::clone(vhost),
                     tap: tap.clone(),
-                    rx,
-                    tx,
+                    queues: [rx, tx],
                 });
             }
         }
         let (taps, offloads, features) = (self.taps.clone(), offloads(activation), activation.features);
         let (memory, interrupt) = (Arc::clone(&kernel.memory), activation.interrupt.clone());
+        let in_use = self.in_use.load(Ordering::Relaxed);
         let start = move || {
-            use_pairs(&taps, 1)?;
+            use_pairs(&taps, in_use)?;
             if let Some(tap) = taps.first() {
                 tap.set_offloads(offloads)?;
             }
@@ -241,6 +253,7 @@ impl Net {
             },
         };
         let offloads = offloads(activation);
+        let in_use = self.in_use.load(Ordering::Relaxed);
         for (index, tap) in self.taps.iter().enumerate() {
             let (rx, tx) = (activation.queue(2 * index), activation.queue(2 * index + 1));
             let (Some(rx), Some(tx)) = (rx, tx) else {
@@ -250,8 +263,8 @@ impl Net {
             let (taps, tap) = (self.taps.clone(), tap.clone());
             let pair = move || {
                 if index == 0 {
-                    // One setting for all queues, of which only the first is in use so far.
-                    use_pairs(&taps, 1)?;
+                    // One setting for all queues.
+                    use_pairs(&taps, in_use)?;
                     tap.set_offloads(offloads)?;
                 }
                 Ok(Pair::new(tap, rx, tx, framing, memory, interrupt))
@@ -270,6 +283,7 @@ impl Net {
         if let Some(queue) = activation.queue(2 * self.taps.len()) {
             let control = Control {
                 taps: self.taps.clone(),
+                in_use: Arc::clone(&self.in_use),
                 queue,
                 memory: activation.memory.clone(),
                 interrupt: activation.interrupt.clone(),
@@ -350,12 +364,41 @@ impl VirtioDevice for Net {
         })
     }
 
-    fn reset(&mut self) {
-        for pair in self.pairs.drain(..) {
-            drop(pair.stop());
-        }
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        let control = self.control.take().and_then(Worker::stop);
         let kernel = self.vhost.as_mut().and_then(|kernel| kernel.worker.take());
-        drop(kernel.map(Worker::stop));
-        drop(self.control.take().map(Worker::stop));
+        let kernel = kernel.and_then(Worker::stop).map(VhostPairs::into_queues);
+        let pairs = self.pairs.drain(..).filter_map(Worker::stop);
+        let mut queues: Vec<_> = pairs.flat_map(Pair::into_queues).collect();
+        queues.extend(kernel.into_iter().flatten());
+        queues.extend(control.map(|control| control.queue));
+        queues
+    }
+
+    fn state(&self) -> Result<DeviceState, SaveError> {
+        let pairs = self.in_use.load(Ordering::Relaxed);
+        Ok(DeviceState::Net {
+            pairs: u16::try_from(pairs).unwrap_or(u16::MAX),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Net { pairs } = state else {
+            return Err(self.foreign_state());
+        };
+        let pairs = usize::from(*pairs);
+        if !(1..=self.taps.len()).contains(&pairs) {
+            return Err(RestoreError::Mismatch {
+                device: "net",
+                what: "number of queues",
+            });
+        }
+        self.in_use.store(pairs, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        drop(self.suspend());
+        self.in_use.store(1, Ordering::Relaxed);
     }
 }

@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     device::{DeviceType, VirtioDevice},
     interrupt::Interrupt,
+    state::{FunctionState, RestoreError, SaveError},
     transport::{Consequence, Driven, MAX_QUEUES},
 };
 use crate::{
@@ -189,7 +190,12 @@ impl VirtioPci {
 
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut driven = self.driven();
-        match driven.write(offset, data) {
+        let consequence = driven.write(offset, data);
+        self.follow_up(driven, consequence);
+    }
+
+    fn follow_up(&self, mut driven: MutexGuard<'_, Driven>, consequence: Consequence) {
+        match consequence {
             Consequence::Nothing => {}
             Consequence::Started(queues) => {
                 self.ring_for(queues);
@@ -211,6 +217,57 @@ impl VirtioPci {
                 driven.reset();
             }
         }
+    }
+
+    /// The device ends its work until [`VirtioPci::resume`], and leaves the guest's memory alone. To be called while no vCPU runs.
+    pub fn suspend(&self) {
+        self.driven().suspend();
+    }
+
+    /// The device goes on where it was.
+    pub fn resume(&self) {
+        let mut driven = self.driven();
+        let consequence = driven.resume();
+        self.follow_up(driven, consequence);
+    }
+
+    /// What it is, while it is suspended.
+    pub fn state(&self) -> Result<FunctionState, SaveError> {
+        let (transport, device) = self.driven().state()?;
+        Ok(FunctionState {
+            kind: self.kind,
+            config: self.space().bytes().to_vec(),
+            vectors: self.msix.state(),
+            transport,
+            device,
+        })
+    }
+
+    /// Becomes what another function of its kind was: on the bus, before a driver has found it, with the guest's memory as it was then. Its BARs
+    /// follow by [`crate::pci::PciRoot::restored`], its work begins with [`VirtioPci::resume`].
+    pub fn restore(&self, state: &FunctionState) -> Result<(), RestoreError> {
+        let differs = |what| RestoreError::Mismatch {
+            device: self.kind.name(),
+            what,
+        };
+        if state.kind != self.kind {
+            return Err(differs("kind"));
+        }
+        if state.vectors.len() != usize::from(self.msix.vectors()) {
+            return Err(differs("number of vectors"));
+        }
+        let mut driven = self.driven();
+        let control = {
+            let mut space = self.space();
+            if !space.restore(&state.config) {
+                return Err(differs("configuration space"));
+            }
+            space.u16_at(self.msix_capability.saturating_add(2))
+        };
+        driven.restore(&state.transport, &state.device)?;
+        self.msix.restore(&state.vectors);
+        self.msix.set_control(control);
+        Ok(())
     }
 
     /// From now on these queues have doorbells, and no others.

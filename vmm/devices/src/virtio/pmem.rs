@@ -228,6 +228,11 @@ impl VirtioDevice for Pmem {
         Ok(())
     }
 
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        let server = self.worker.take().and_then(Worker::stop);
+        server.map_or_else(Vec::new, |server| vec![server.queue])
+    }
+
     fn reset(&mut self) {
         drop(self.worker.take().map(Worker::stop));
     }

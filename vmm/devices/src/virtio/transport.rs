@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{
     device::{ActivateError, Activation, ActiveQueue, VirtioDevice},
     interrupt::Interrupt,
+    state::{DeviceState, QueueState, RestoreError, SaveError, TransportState},
 };
 use crate::ports::GuestRam;
 
@@ -65,6 +66,8 @@ pub(super) struct Driven {
     driver_select: u32,
     queue_select: u16,
     status: u8,
+    /// Nothing happens, and [`Driven::resume`] goes on where it was.
+    suspended: bool,
 }
 
 impl Driven {
@@ -91,6 +94,7 @@ impl Driven {
             driver_select: 0,
             queue_select: 0,
             status: 0,
+            suspended: false,
         })
     }
 
@@ -110,6 +114,7 @@ impl Driven {
         self.driver_select = 0;
         self.queue_select = 0;
         self.status = 0;
+        self.suspended = false;
     }
 
     /// Reads registers; no access has a side effect, and none is too odd.
@@ -236,6 +241,111 @@ impl Driven {
                 Consequence::Failed(e)
             }
         }
+    }
+
+    /// The device ends its work, and the queues know how far it has come.
+    pub(super) fn suspend(&mut self) {
+        for ActiveQueue { index, queue, .. } in self.device.suspend() {
+            let own = self.queues.get_mut(usize::from(index));
+            // A state that a queue says of itself makes a queue.
+            if let (Some(own), Ok(queue)) = (own, Queue::try_from(queue.state())) {
+                *own = queue;
+            }
+        }
+        self.suspended = true;
+    }
+
+    /// The device goes on, if it was at work.
+    pub(super) fn resume(&mut self) -> Consequence {
+        self.suspended = false;
+        if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
+            return Consequence::Nothing;
+        }
+        match self.activate() {
+            Ok(queues) => Consequence::Started(queues),
+            Err(e) => {
+                self.status |= NEEDS_RESET;
+                Consequence::Failed(e)
+            }
+        }
+    }
+
+    /// What the driver has set up, and what the device has of its own; while it is suspended.
+    pub(super) fn state(&self) -> Result<(TransportState, DeviceState), SaveError> {
+        if !self.suspended {
+            return Err(SaveError::Working(self.device.device_type().name()));
+        }
+        let queues = (0..).zip(&self.queues).map(|(index, queue)| QueueState {
+            size: queue.size(),
+            vector: self.interrupt.queue_vector(index),
+            ready: queue.ready(),
+            descriptors: queue.desc_table(),
+            available: queue.avail_ring(),
+            used: queue.used_ring(),
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+        });
+        let transport = TransportState {
+            features: self.accepted,
+            status: self.status,
+            isr: self.interrupt.isr(),
+            generation: self.interrupt.generation(),
+            device_select: self.device_select,
+            driver_select: self.driver_select,
+            queue_select: self.queue_select,
+            config_vector: self.interrupt.config_vector(),
+            queues: queues.collect(),
+        };
+        Ok((transport, self.device.state()?))
+    }
+
+    /// Becomes what another one was; suspended from then on.
+    pub(super) fn restore(
+        &mut self,
+        transport: &TransportState,
+        device: &DeviceState,
+    ) -> Result<(), RestoreError> {
+        let name = self.device.device_type().name();
+        let differs = |what| RestoreError::Mismatch { device: name, what };
+        if self.status != 0 {
+            return Err(RestoreError::Used(name));
+        }
+        if transport.features & !self.offered != 0 {
+            return Err(differs("features"));
+        }
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (own, state) in self.queues.iter().zip(&transport.queues) {
+            let event_idx = transport.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+            let queue = Queue::try_from(virtio_queue::QueueState {
+                max_size: own.max_size(),
+                next_avail: state.next_available,
+                next_used: state.next_used,
+                event_idx_enabled: event_idx,
+                size: state.size,
+                ready: state.ready,
+                desc_table: state.descriptors,
+                avail_ring: state.available,
+                used_ring: state.used,
+            });
+            queues.push(queue.map_err(|_| differs("queues"))?);
+        }
+        if queues.len() != self.queues.len() || queues.len() != transport.queues.len() {
+            return Err(differs("queues"));
+        }
+        self.device.restore(device)?;
+        self.queues = queues;
+        for (index, state) in (0..).zip(&transport.queues) {
+            self.interrupt.set_queue_vector(index, state.vector);
+        }
+        self.interrupt.set_config_vector(transport.config_vector);
+        self.interrupt.restore(transport.isr, transport.generation);
+        self.accepted = transport.features;
+        self.status = transport.status;
+        self.device_select = transport.device_select;
+        self.driver_select = transport.driver_select;
+        self.queue_select = transport.queue_select;
+        self.suspended = true;
+        Ok(())
     }
 
     fn features_are_acceptable(&self) -> bool {

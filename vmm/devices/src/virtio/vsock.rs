@@ -10,7 +10,7 @@
 //! - `device`: the device on a thread of this process;
 //! - this module: the queues.
 //!
-//! The event queue is never used: it tells a guest that it has moved to another host, and ours do not move.
+//! The event queue says one thing: that the guest has moved, and that its connections are gone. Only a guest that comes from a snapshot hears it.
 
 mod backend;
 mod connection;

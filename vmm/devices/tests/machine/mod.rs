@@ -232,10 +232,11 @@ impl Machine {
             events: Arc::new(Shared(self.board.clone())),
         };
         let function = VirtioPci::new(device, attachment).unwrap();
-        let address = self.root.add(function).unwrap();
+        let address = self.root.add(Arc::clone(&function) as _).unwrap();
         let vectors = self.board.vectors.lock().unwrap().last().unwrap().clone();
         let mut driver = Driver {
             machine: self,
+            function,
             address,
             bar: 0,
             vectors,
@@ -313,9 +314,17 @@ pub fn writable(at: u64, len: usize) -> Piece {
     }
 }
 
+/// What a driver remembers of its device, whatever machine it is in.
+pub struct Memories {
+    bar: u64,
+    rings: Vec<Option<Ring>>,
+    msix: u64,
+}
+
 /// The driver of one function.
 pub struct Driver<'m> {
     pub machine: &'m Machine,
+    pub function: Arc<VirtioPci>,
     pub address: PciAddress,
     pub bar: u64,
     pub vectors: Arc<Vectors>,
@@ -333,6 +342,17 @@ pub const NEEDS_RESET: u8 = 64;
 pub const VERSION_1: u64 = 1 << 32;
 
 impl Driver<'_> {
+    pub fn memories(&self) -> Memories {
+        let Self { bar, msix, .. } = *self;
+        let rings = self.rings.clone();
+        Memories { bar, rings, msix }
+    }
+
+    /// Goes on in another machine, where it was.
+    pub fn remember(&mut self, memories: Memories) {
+        (self.bar, self.rings, self.msix) = (memories.bar, memories.rings, memories.msix);
+    }
+
     /// Walks the capabilities, as a driver does, and lets the function answer.
     fn find(&mut self) {
         let mut structures = HashMap::new();

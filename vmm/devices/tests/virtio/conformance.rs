@@ -65,6 +65,22 @@ macro_rules! conforms {
             }
 
             #[test]
+            fn suspended_and_resumed_it_goes_on_where_it_was() {
+                if !($condition)() {
+                    return;
+                }
+                conformance::suspends(|machine| $make(machine), |driver| $works(driver));
+            }
+
+            #[test]
+            fn kept_and_restored_in_another_machine_it_goes_on_where_it_was() {
+                if !($condition)() {
+                    return;
+                }
+                conformance::moves(|machine| $make(machine), |driver| $works(driver));
+            }
+
+            #[test]
             fn it_leaves_the_bus_while_it_works() {
                 if !($condition)() {
                     return;
@@ -257,6 +273,70 @@ pub(crate) fn lost_queues(make: impl Fn(&Machine) -> Device, works: impl Fn(&mut
     for queue in 0..driver.u16(0x12) {
         driver.kick(queue);
     }
+    is_well(&driver);
+    driver.start(0, 256);
+    works(&mut driver);
+}
+
+pub(crate) fn suspends(make: impl Fn(&Machine) -> Device, works: impl Fn(&mut Driver<'_>)) {
+    let machine = Machine::new();
+    let mut driver = machine.plug(make(&machine));
+    // Before a driver was there it has a state as well.
+    driver.function.suspend();
+    assert_eq!(driver.function.state().unwrap().transport.status, 0);
+    driver.function.resume();
+    driver.start(0, 256);
+    for _ in 0..2 {
+        works(&mut driver);
+        assert!(driver.function.state().is_err(), "a device at work has no state");
+        driver.function.suspend();
+        driver.function.suspend();
+        driver.function.resume();
+        is_well(&driver);
+    }
+    works(&mut driver);
+    // A driver that begins anew finds a new device.
+    driver.function.suspend();
+    driver.start(0, 256);
+    works(&mut driver);
+    is_well(&driver);
+}
+
+pub(crate) fn moves(make: impl Fn(&Machine) -> Device, works: impl Fn(&mut Driver<'_>)) {
+    let machine = Machine::new();
+    let mut driver = machine.plug(make(&machine));
+    driver.start(0, 256);
+    works(&mut driver);
+    driver.function.suspend();
+    let state = driver.function.state().unwrap();
+    let json = serde_json::to_string(&state).unwrap();
+    let (memory, memories) = (driver.bytes(0, MEMORY), driver.memories());
+    // What the host has is the next one's.
+    drop(driver);
+    drop(machine);
+
+    let machine = Machine::new();
+    let mut driver = machine.plug(make(&machine));
+    driver.fill(0, &memory);
+    driver.remember(memories);
+    let mut other = state.clone();
+    other.config[0] ^= 1;
+    assert!(driver.function.restore(&other).is_err(), "of another function");
+    other = state.clone();
+    other.transport.queues.pop();
+    assert!(driver.function.restore(&other).is_err(), "with other queues");
+    other = state.clone();
+    other.vectors.pop();
+    assert!(driver.function.restore(&other).is_err(), "with other vectors");
+    driver
+        .function
+        .restore(&serde_json::from_str(&json).unwrap())
+        .unwrap();
+    machine.root.restored(driver.address);
+    assert_eq!(driver.function.state().unwrap(), state);
+    assert!(driver.function.restore(&state).is_err(), "it is not new any more");
+    driver.function.resume();
+    works(&mut driver);
     is_well(&driver);
     driver.start(0, 256);
     works(&mut driver);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use caisson_devices::virtio::{
     VirtioDevice,
     mem::{Layout, Mem, MemError, MemHandle},
+    state::DeviceState,
 };
 
 use crate::machine::{DEVICE_CONFIG, Driver, Machine, Slots};
@@ -158,4 +159,57 @@ fn requests_that_make_no_sense_are_errors() {
         Mem::new(wrong, machine.slots(), machine.host()),
         Err(MemError::Layout(_))
     ));
+}
+
+#[test]
+fn what_was_plugged_is_plugged_in_the_machine_that_comes_after() {
+    let machine = Machine::new();
+    let (device, handle, _) = mem(&machine);
+    let mut driver = machine.plug(Box::new(device));
+    driver.start(0, 256);
+    handle.request(12 << 20).unwrap();
+    assert_eq!(ask(&mut driver, PLUG, 3, 2), (ACK, 0));
+    assert_eq!(ask(&mut driver, PLUG, 31, 1), (ACK, 0));
+    driver.function.suspend();
+    let state = driver.function.state().unwrap();
+    let plugged = vec![
+        (LAYOUT.address + 3 * BLOCK, 2 * BLOCK),
+        (LAYOUT.address + 31 * BLOCK, BLOCK),
+    ];
+    let expected = DeviceState::Mem {
+        requested: 12 << 20,
+        plugged,
+    };
+    assert_eq!(state.device, expected);
+
+    let next = Machine::new();
+    let (device, handle, slots) = mem(&next);
+    let driver = next.plug(Box::new(device));
+    for wrong in [
+        vec![(LAYOUT.address, BLOCK + 1)],
+        vec![(LAYOUT.address - BLOCK, BLOCK)],
+        vec![(LAYOUT.address, LAYOUT.region + BLOCK)],
+        vec![(LAYOUT.address, 0)],
+        vec![(LAYOUT.address, BLOCK), (LAYOUT.address, BLOCK)],
+    ] {
+        let mut other = state.clone();
+        other.device = DeviceState::Mem {
+            requested: 0,
+            plugged: wrong,
+        };
+        assert!(driver.function.restore(&other).is_err(), "{other:?}");
+    }
+    *slots.refuse.lock().unwrap() = true;
+    assert!(driver.function.restore(&state).is_err());
+    assert_eq!((handle.plugged(), slots.taken().len()), (0, 0));
+    driver.function.restore(&state).unwrap();
+    assert_eq!(
+        slots.taken(),
+        [
+            "add 0x100000000 0x800000",
+            "add 0x100800000 0x800000",
+            "add 0x103800000 0x800000"
+        ]
+    );
+    assert_eq!((handle.plugged(), handle.requested()), (3 * BLOCK, 12 << 20));
 }

@@ -97,6 +97,7 @@ mod with_a_tap {
     }
 
     fn make(machine: &Machine) -> Box<dyn VirtioDevice> {
+        WIRE.set(None);
         let wire = Wire::new(1);
         let device = net(machine, &wire);
         WIRE.set(Some(wire));

@@ -113,3 +113,54 @@ fn a_host_connection_carries_bytes_both_ways_and_outlives_nothing() {
     driver.start(0, 256);
     works(&mut driver);
 }
+
+#[test]
+fn a_connection_outlives_a_pause_and_a_guest_that_moves_hears_that_its_are_gone() {
+    const EVENTS: u16 = 2;
+    let machine = Machine::new();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vsock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let device = VsockDevice::new(CID, listener, machine.host()).unwrap();
+    let mut driver = machine.plug(Box::new(device));
+    driver.start(0, 256);
+    driver.offer(EVENTS, 0, &[writable(DATA + 0x8000, 8)]);
+    driver.kick(EVENTS);
+    offer_rx(&mut driver);
+    let mut host = UnixStream::connect(&socket).unwrap();
+    host.write_all(b"CONNECT 1021\n").unwrap();
+    let (request, _) = receive(&mut driver);
+    send(&mut driver, &packet(Op::Response, 1021, request.src_port, 0), &[]);
+    driver.function.suspend();
+    let state = driver.function.state().unwrap();
+    host.write_all(b"meanwhile").unwrap();
+    driver.function.resume();
+    let (data, payload) = receive(&mut driver);
+    assert_eq!(
+        (data.op, payload.as_slice()),
+        (Op::ReadWrite as u16, b"meanwhile".as_slice())
+    );
+    assert_eq!(driver.used(EVENTS), None, "nothing has happened to it");
+    driver.function.suspend();
+
+    let (memory, memories) = (driver.bytes(0, DATA as usize + 0x10_0000), driver.memories());
+    let next = Machine::new();
+    let mut driver = next.plug(make(&next));
+    driver.fill(0, &memory);
+    driver.remember(memories);
+    driver.function.restore(&state).unwrap();
+    next.root.restored(driver.address);
+    driver.function.resume();
+    assert_eq!(driver.wait_used(EVENTS), (0, 4));
+    assert_eq!(driver.bytes(DATA + 0x8000, 4), [0; 4]);
+    driver.offer(EVENTS, 0, &[writable(DATA + 0x8000, 8)]);
+    driver.function.suspend();
+    driver.function.resume();
+    // It has been told once.
+    send(
+        &mut driver,
+        &packet(Op::ReadWrite, 1021, request.src_port, 0),
+        &[],
+    );
+    assert_eq!(driver.used(EVENTS), None);
+}

@@ -79,6 +79,26 @@ impl Server {
         })
     }
 
+    /// Takes over what waited for space before.
+    pub(super) fn go_on_waiting(&mut self, waiting: VecDeque<Job>) {
+        self.waiting = waiting;
+        self.begin_to_wait(0);
+    }
+
+    /// The queue as far as it has been served, and what waits for space.
+    pub(super) fn into_parts(self) -> (ActiveQueue, VecDeque<Job>) {
+        (self.queue, self.waiting)
+    }
+
+    /// What waits is nobody's any more.
+    pub(super) fn give_up(self) {
+        if !self.waiting.is_empty() {
+            self.host.events.happened(DeviceEvent::DiskHasSpace {
+                disk: self.shared.serial(),
+            });
+        }
+    }
+
     fn serve_queue(&mut self, memory: &Arc<GuestMemoryMmap>) {
         let Self {
             shared,
@@ -249,13 +269,6 @@ impl Serve for Server {
                 break;
             }
             self.take_completed(&memory);
-        }
-        if !self.waiting.is_empty() {
-            // Their driver has given them up.
-            self.waiting.clear();
-            self.host.events.happened(DeviceEvent::DiskHasSpace {
-                disk: self.shared.serial(),
-            });
         }
     }
 }

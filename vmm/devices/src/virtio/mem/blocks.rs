@@ -110,6 +110,37 @@ impl Blocks {
         }
     }
 
+    /// What is plugged: first address and bytes of each piece, in order.
+    #[must_use]
+    pub fn pieces(&self) -> Vec<(u64, u64)> {
+        let mut pieces: Vec<(u64, u64)> = Vec::new();
+        for (index, _) in self.plugged.iter().enumerate().filter(|(_, plugged)| **plugged) {
+            let (start, bytes) = self.place(&(index..index + 1));
+            match pieces.last_mut().filter(|(at, length)| at + *length == start) {
+                Some((_, length)) => *length += bytes,
+                None => pieces.push((start, bytes)),
+            }
+        }
+        pieces
+    }
+
+    /// Marks one of [`Blocks::pieces`] as plugged; `None` if it is no such piece, or is plugged already.
+    pub fn restore(&mut self, start: u64, bytes: u64) -> Option<()> {
+        let offset = start.checked_sub(self.layout.address)?;
+        let end = offset.checked_add(bytes)?;
+        let whole = offset.is_multiple_of(self.layout.block) && bytes.is_multiple_of(self.layout.block);
+        if !whole || bytes == 0 || end > self.layout.region {
+            return None;
+        }
+        let [first, end] = [offset, end].map(|at| usize::try_from(at / self.layout.block).ok());
+        let range = first?..end?;
+        if self.state(range.clone()) != Plugged::None {
+            return None;
+        }
+        self.mark(range, true);
+        Some(())
+    }
+
     /// Chunks that these blocks lie in and of which nothing is plugged, by address.
     #[must_use]
     pub fn empty_chunks(&self, range: Range<usize>) -> Vec<u64> {

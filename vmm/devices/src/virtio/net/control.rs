@@ -1,6 +1,12 @@
 //! The control queue (virtio 1.2, 5.1.6.5): how many pairs of queues the driver uses.
 
-use std::io;
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
@@ -22,6 +28,8 @@ use crate::{
 /// The thread of the control queue.
 pub(super) struct Control {
     pub(super) taps: Vec<Tap>,
+    /// Pairs that the driver uses, for the next thread.
+    pub(super) in_use: Arc<AtomicUsize>,
     pub(super) queue: ActiveQueue,
     pub(super) memory: GuestRam,
     pub(super) interrupt: Interrupt,
@@ -48,19 +56,20 @@ impl Serve for Control {
         let memory = self.memory.memory();
         let Self {
             taps,
+            in_use,
             complaints,
             queue,
             ..
         } = self;
         queue.serve(&memory, &self.interrupt, |_, buffers| {
-            Outcome::Used(command(buffers, taps, complaints))
+            Outcome::Used(command(buffers, taps, in_use, complaints))
         });
         Ok(())
     }
 }
 
 /// Does one command; the bytes written.
-fn command(mut buffers: Buffers<'_>, taps: &[Tap], complaints: &mut Complaints) -> u32 {
+fn command(mut buffers: Buffers<'_>, taps: &[Tap], in_use: &AtomicUsize, complaints: &mut Complaints) -> u32 {
     let mut command = [0; 4];
     let known = buffers.readable.read(&mut command);
     let [class, kind, low, high] = command;
@@ -74,6 +83,7 @@ fn command(mut buffers: Buffers<'_>, taps: &[Tap], complaints: &mut Complaints) 
         complaints.say(format_args!("cannot use {pairs} queues of the tap: {e}"));
     }
     let answer = if meant && outcome.is_ok() {
+        in_use.store(pairs, Ordering::Relaxed);
         VIRTIO_NET_OK
     } else {
         VIRTIO_NET_ERR

@@ -89,6 +89,11 @@ impl Pair {
         }
     }
 
+    /// Both, as far as they have been served.
+    pub(super) fn into_queues(self) -> [ActiveQueue; 2] {
+        [self.rx, self.tx]
+    }
+
     /// Frames from the tap to the guest.
     fn receive(&mut self, memory: &GuestMemoryMmap) {
         let mut offered = VecDeque::new();

@@ -8,7 +8,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, RawFd},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use vhost::{
@@ -21,7 +21,7 @@ use virtio_bindings::{
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 use virtio_queue::QueueT;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::tap::Tap;
 use crate::{
@@ -139,8 +139,8 @@ impl VhostNet {
 pub(super) struct VhostPair {
     pub(super) vhost: Arc<VhostNet>,
     pub(super) tap: Tap,
-    pub(super) rx: ActiveQueue,
-    pub(super) tx: ActiveQueue,
+    /// Receives, transmits.
+    pub(super) queues: [ActiveQueue; 2],
 }
 
 impl VhostPair {
@@ -149,7 +149,7 @@ impl VhostPair {
         vhost.set_features(features & NEEDED).map_err(io::Error::other)?;
         let follower: Arc<dyn FollowsMemory> = Arc::<VhostNet>::clone(vhost);
         memory.add_follower(&follower)?;
-        for (index, queue) in [&self.rx, &self.tx].into_iter().enumerate() {
+        for (index, queue) in self.queues.iter().enumerate() {
             vhost.set_up(index, queue, interrupt).map_err(io::Error::other)?;
         }
         vhost.set_backend(0, Some(&self.tap))?;
@@ -157,17 +157,34 @@ impl VhostPair {
     }
 }
 
-impl Drop for VhostPair {
-    fn drop(&mut self) {
-        for index in [0, 1] {
-            // Fails only when the ring was never set up.
-            drop(self.vhost.set_backend(index, None));
+impl VhostPair {
+    /// The kernel lets go of both rings; how far it has come is in the queues.
+    fn stop(self) -> [ActiveQueue; 2] {
+        let Self {
+            vhost, mut queues, ..
+        } = self;
+        let memory = vhost.memory.memory();
+        for (index, ActiveQueue { queue, .. }) in queues.iter_mut().enumerate() {
+            // Both fail only when the ring was never set up; then nothing of it has been served.
+            drop(vhost.set_backend(index as u32, None));
+            let Ok(base) = vhost.get_vring_base(index) else {
+                continue;
+            };
+            // The ring's index has 16 bits.
+            queue.set_next_avail(base as u16);
+            if let Ok(used) = queue.used_idx(&*memory, Ordering::Acquire) {
+                queue.set_next_used(used.0);
+            }
         }
+        queues
     }
 }
 
 /// All pairs of a device. Its thread waits for its end, and for nothing else.
-pub(super) struct VhostPairs(Vec<VhostPair>);
+pub(super) struct VhostPairs {
+    pairs: Vec<VhostPair>,
+    ended: Vec<ActiveQueue>,
+}
 
 impl VhostPairs {
     /// The kernel begins to serve.
@@ -177,11 +194,26 @@ impl VhostPairs {
         memory: &FollowedMemory,
         interrupt: &Interrupt,
     ) -> io::Result<Self> {
-        let all = Self(pairs);
-        for pair in &all.0 {
+        let all = Self {
+            pairs,
+            ended: Vec::new(),
+        };
+        for pair in &all.pairs {
             pair.start(features, memory, interrupt)?;
         }
         Ok(all)
+    }
+
+    /// What the kernel has left, after its end.
+    pub(super) fn into_queues(mut self) -> Vec<ActiveQueue> {
+        std::mem::take(&mut self.ended)
+    }
+}
+
+impl Drop for VhostPairs {
+    fn drop(&mut self) {
+        // Those of a start that failed half-way.
+        self.quiesce();
     }
 }
 
@@ -195,6 +227,6 @@ impl Serve for VhostPairs {
     }
 
     fn quiesce(&mut self) {
-        self.0.clear();
+        self.ended.extend(self.pairs.drain(..).flat_map(VhostPair::stop));
     }
 }

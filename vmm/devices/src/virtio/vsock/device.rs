@@ -9,8 +9,9 @@ use super::{Progress, RX_QUEUE, TX_QUEUE, Vsock, VsockError};
 use crate::{
     ports::{GuestRam, ThreadKind},
     virtio::{
-        device::{ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_space},
+        device::{ActivateError, Activation, ActiveQueue, DeviceType, Outcome, VirtioDevice, read_space},
         interrupt::Interrupt,
+        state::{DeviceState, RestoreError},
         worker::{Host, Serve, Source, Worker},
     },
 };
@@ -22,7 +23,11 @@ const QUEUE_SIZES: [u16; 3] = [64, 128, 16];
 const ROUNDS: u32 = 4;
 
 /// Token of the host's sockets; the queues' are their indices.
-const HOST: u64 = 2;
+const HOST: u64 = 3;
+const EVENTS: u64 = 2;
+
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET of linux/virtio_vsock.h.
+const TRANSPORT_RESET: u32 = 0;
 
 /// A [`Vsock`] with a thread of its own.
 #[derive(Debug)]
@@ -31,6 +36,8 @@ pub struct VsockDevice {
     guest_cid: u64,
     /// Here while nothing runs.
     idle: Option<Vsock>,
+    /// The guest has connections of which nothing is here: it has to hear of it.
+    moved: bool,
     worker: Option<Worker<Server>>,
 }
 
@@ -41,6 +48,7 @@ impl VsockDevice {
             host,
             guest_cid,
             idle: Some(Vsock::new(guest_cid, listener)?),
+            moved: false,
             worker: None,
         })
     }
@@ -50,11 +58,32 @@ struct Server {
     vsock: Vsock,
     rx: ActiveQueue,
     tx: ActiveQueue,
+    events: Option<ActiveQueue>,
+    /// An event that the guest has given no buffer for yet.
+    moved: bool,
     memory: GuestRam,
     interrupt: Interrupt,
 }
 
 impl Server {
+    /// Tells the guest that it has moved, once: it ends every connection that it has (virtio 1.2, 5.10.6.5).
+    fn serve_events(&mut self, memory: &GuestMemoryMmap) {
+        let (Some(events), moved) = (self.events.as_mut(), &mut self.moved) else {
+            return;
+        };
+        if !*moved {
+            return;
+        }
+        events.serve(memory, &self.interrupt, |_, mut buffers| {
+            if !*moved {
+                return Outcome::NotNow;
+            }
+            let told = buffers.writable.write(&TRANSPORT_RESET.to_le_bytes());
+            *moved = !told;
+            Outcome::Used(if told { 4 } else { 0 })
+        });
+    }
+
     /// Takes packets until the guest offers none, each round followed by what they called forth.
     fn serve_tx(&mut self, memory: &GuestMemoryMmap) {
         let mut fruitless = false;
@@ -97,11 +126,17 @@ impl Server {
 
 impl Serve for Server {
     fn sources(&self) -> Vec<Source> {
-        vec![
+        let mut sources = vec![
             Source::edge(&self.rx.kick, RX_QUEUE as u64),
             Source::edge(&self.tx.kick, TX_QUEUE as u64),
             Source::level(&self.vsock, HOST),
-        ]
+        ];
+        sources.extend(
+            self.events
+                .as_ref()
+                .map(|events| Source::edge(&events.kick, EVENTS)),
+        );
+        sources
     }
 
     fn serve(&mut self, token: u64) -> io::Result<()> {
@@ -111,6 +146,7 @@ impl Serve for Server {
                 self.vsock.process_host();
                 self.serve_rx(&memory);
             }
+            EVENTS => self.serve_events(&memory),
             token if token == TX_QUEUE as u64 => self.serve_tx(&memory),
             _ => self.serve_rx(&memory),
         }
@@ -152,6 +188,8 @@ impl VirtioDevice for VsockDevice {
             vsock: self.idle.take().ok_or_else(lost)?,
             rx,
             tx,
+            events: activation.queue(EVENTS as usize),
+            moved: self.moved,
             memory: activation.memory,
             interrupt: activation.interrupt,
         };
@@ -159,7 +197,26 @@ impl VirtioDevice for VsockDevice {
         Ok(())
     }
 
+    /// Connections stay: whoever has one waits.
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        let Some(server) = self.worker.take().and_then(Worker::stop) else {
+            return Vec::new();
+        };
+        self.idle = Some(server.vsock);
+        self.moved = server.moved;
+        [server.rx, server.tx].into_iter().chain(server.events).collect()
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        if *state != DeviceState::Plain {
+            return Err(self.foreign_state());
+        }
+        self.moved = true;
+        Ok(())
+    }
+
     fn reset(&mut self) {
+        self.moved = false;
         if let Some(server) = self.worker.take().and_then(Worker::stop) {
             let mut vsock = server.vsock;
             vsock.reset();
