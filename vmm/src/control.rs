@@ -5,8 +5,9 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use caisson_vmm_api::control::{
-    NEWEST_PROTOCOL, OLDEST_PROTOCOL, Refusal, Reply, Request, Status, common_protocol,
+use caisson_vmm_api::{
+    control::{NEWEST_PROTOCOL, OLDEST_PROTOCOL, Refusal, Reply, Request, Status, common_protocol},
+    spec::FILES_PER_DISK_MAX,
 };
 
 use crate::wire::{Connection, Packet};
@@ -36,13 +37,43 @@ impl Refused {
 pub(crate) trait Operations {
     fn id(&self) -> &str;
     fn status(&self) -> Status;
-    fn add_disk(&self, serial: &str, files: Vec<OwnedFd>, read_only: bool) -> Result<(), Refused>;
-    fn remove_disk(&self, serial: &str) -> Result<(), Refused>;
+    /// Adds a device that is made of these files.
+    fn add(&self, device: Added, files: Vec<OwnedFd>) -> Result<(), Refused>;
+    fn remove(&self, kind: Kind, name: &str) -> Result<(), Refused>;
     fn resize_disk(&self, serial: &str) -> Result<(), Refused>;
     fn resize(&self, what: Resize) -> Result<(), Refused>;
     fn pause(&self, paused: bool) -> Result<(), Refused>;
+    /// Writes what the paused VM is into a file.
+    fn save(&self, file: OwnedFd, msrs: &[u32]) -> Result<(), Refused>;
     /// Ends the VM, at once or by asking the guest.
     fn end(&self, how: Ending) -> Result<(), Refused>;
+}
+
+/// Devices that come and go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    Disk,
+    Nic,
+    Pmem,
+}
+
+/// A device to be added.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Added {
+    Disk {
+        serial: String,
+        read_only: bool,
+    },
+    Nic {
+        name: String,
+        mac: [u8; 6],
+        mtu: u16,
+        queues: usize,
+    },
+    Pmem {
+        name: String,
+        read_only: bool,
+    },
 }
 
 /// What becomes larger or smaller.
@@ -55,7 +86,8 @@ pub(crate) enum Resize {
 /// How a VM shall end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
-    ByTheGuest,
+    /// By whoever listens on this port of its vsock.
+    ByTheGuest(u32),
     Now,
 }
 
@@ -112,31 +144,63 @@ fn answer(packet: Packet, greeted: &mut bool, operations: &impl Operations) -> A
     if !*greeted {
         return Answer::Reply(greet(&request, greeted, operations));
     }
-    let wants_files = matches!(request, Request::AddDisk { .. });
-    if packet.descriptors.is_empty() == wants_files {
-        let message = if wants_files {
-            "a disk without a file"
-        } else {
-            "descriptors that nothing needs"
-        };
+    let count = packet.descriptors.len();
+    if !wanted_files(&request).contains(&count) {
+        let message = format!("{} with {count} descriptors", request.verb());
         return refuse(Refused::new(Refusal::Invalid, message));
     }
     let done = match request {
         Request::Hello { .. } => Err(Refused::new(Refusal::Invalid, "a second hello")),
         Request::Status => return Answer::Reply(Reply::Status(operations.status())),
-        Request::AddDisk { serial, read_only } => operations.add_disk(&serial, packet.descriptors, read_only),
-        Request::RemoveDisk { serial } => operations.remove_disk(&serial),
+        Request::AddDisk { serial, read_only } => {
+            operations.add(Added::Disk { serial, read_only }, packet.descriptors)
+        }
+        Request::RemoveDisk { serial } => operations.remove(Kind::Disk, &serial),
+        Request::AddNic {
+            name,
+            mac,
+            mtu,
+            queues,
+        } => {
+            let queues = queues as usize;
+            let nic = Added::Nic {
+                name,
+                mac,
+                mtu,
+                queues,
+            };
+            operations.add(nic, packet.descriptors)
+        }
+        Request::RemoveNic { name } => operations.remove(Kind::Nic, &name),
+        Request::AddPmem { name, read_only } => {
+            operations.add(Added::Pmem { name, read_only }, packet.descriptors)
+        }
+        Request::RemovePmem { name } => operations.remove(Kind::Pmem, &name),
         Request::ResizeDisk { serial } => operations.resize_disk(&serial),
         Request::ResizeVcpus { count } => operations.resize(Resize::Vcpus(count)),
         Request::ResizeMemory { mib } => operations.resize(Resize::MemoryMib(mib)),
         Request::Pause => operations.pause(true),
         Request::Resume => operations.pause(false),
-        Request::Shutdown => operations.end(Ending::ByTheGuest),
+        Request::SaveState { msrs } => match packet.descriptors.into_iter().next() {
+            Some(file) => operations.save(file, &msrs),
+            None => Err(Refused::new(Refusal::Invalid, "a state without a file")),
+        },
+        Request::Shutdown { port } => operations.end(Ending::ByTheGuest(port)),
         Request::Kill => return Answer::KillAfter,
     };
     match done {
         Ok(()) => Answer::Reply(Reply::Done),
         Err(refused) => refuse(refused),
+    }
+}
+
+/// How many descriptors may come with a request.
+fn wanted_files(request: &Request) -> std::ops::RangeInclusive<usize> {
+    match request {
+        Request::AddDisk { .. } => 1..=FILES_PER_DISK_MAX,
+        Request::AddNic { queues, .. } => *queues as usize..=2 * *queues as usize,
+        Request::AddPmem { .. } | Request::SaveState { .. } => 1..=1,
+        _ => 0..=0,
     }
 }
 

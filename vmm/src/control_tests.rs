@@ -38,18 +38,30 @@ impl Operations for Noted {
             vcpus_max: 2,
             memory_mib: 64,
             disks: Vec::new(),
+            nics: Vec::new(),
+            pmems: Vec::new(),
             free_slots: 1,
             exits: Vec::new(),
         }
     }
-    fn add_disk(&self, serial: &str, files: Vec<OwnedFd>, read_only: bool) -> Result<(), Refused> {
-        self.note(format!("add {serial} {} {read_only}", files.len()))
+    fn add(&self, device: Added, files: Vec<OwnedFd>) -> Result<(), Refused> {
+        self.note(match device {
+            Added::Disk { serial, read_only } => format!("add {serial} {} {read_only}", files.len()),
+            Added::Nic { name, queues, .. } => format!("add {name} {} for {queues}", files.len()),
+            Added::Pmem { name, read_only } => format!("add {name} {} {read_only}", files.len()),
+        })
     }
-    fn remove_disk(&self, serial: &str) -> Result<(), Refused> {
+    fn remove(&self, kind: Kind, name: &str) -> Result<(), Refused> {
+        if kind != Kind::Disk {
+            return self.note(format!("remove {kind:?} {name}"));
+        }
         Err(Refused::new(
             Refusal::NotFound,
-            format!("there is no disk {serial}"),
+            format!("there is no disk {name}"),
         ))
+    }
+    fn save(&self, _file: OwnedFd, msrs: &[u32]) -> Result<(), Refused> {
+        self.note(format!("save {msrs:?}"))
     }
     fn resize_disk(&self, serial: &str) -> Result<(), Refused> {
         self.note(format!("resize {serial}"))
@@ -196,6 +208,33 @@ fn requests_reach_the_machine_and_disks_bring_their_files() {
         (kind, message.as_str()),
         (Refusal::NotFound, "there is no disk x")
     );
+    let nic = Request::AddNic {
+        name: "eth1".into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        queues: 2,
+    };
+    let four = [file.as_fd(), file.as_fd(), file.as_fd(), file.as_fd()];
+    assert_eq!(client.ask(&nic, &four), Some(Reply::Done));
+    for too_few in [&four[..1], &[]] {
+        assert_eq!(refusal(client.ask(&nic, too_few)).0, Refusal::Invalid);
+    }
+    let pmem = Request::AddPmem {
+        name: "p".into(),
+        read_only: true,
+    };
+    assert_eq!(client.ask(&pmem, &four[..1]), Some(Reply::Done));
+    let gone = [
+        Request::RemoveNic { name: "eth1".into() },
+        Request::RemovePmem { name: "p".into() },
+        Request::Shutdown { port: 7 },
+    ];
+    for request in &gone {
+        assert_eq!(client.ask(request, &[]), Some(Reply::Done));
+    }
+    let save = Request::SaveState { msrs: vec![1] };
+    assert_eq!(refusal(client.ask(&save, &four[..2])).0, Refusal::Invalid);
+    assert_eq!(client.ask(&save, &four[..1]), Some(Reply::Done));
     assert_eq!(client.ask(&Request::Kill, &[]), Some(Reply::Done));
     // The next answer comes after the end of the one before.
     drop(client.ask(&Request::Status, &[]));
@@ -206,6 +245,12 @@ fn requests_reach_the_machine_and_disks_bring_their_files() {
             "Vcpus(2)",
             "paused true",
             "paused false",
+            "add eth1 4 for 2",
+            "add p 1 true",
+            "remove Nic eth1",
+            "remove Pmem p",
+            "ByTheGuest(7)",
+            "save [1]",
             "Now"
         ]
     );

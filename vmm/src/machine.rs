@@ -1,24 +1,27 @@
 //! The one place where the devices of a VM are listed: from a specification to a machine.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     os::{fd::OwnedFd, unix::net::UnixListener},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use caisson_confinement::{Filters, ThreadKind};
 use caisson_devices::{
     followed_memory::FollowedMemory,
     pci::{Ecam, PciAddress, PciRoot, RootError, Window},
-    serial::SerialPort,
+    serial::{PortState, SerialPort},
     virtio::{
         self, Attachment, VirtioDevice, VirtioPci, VirtioPciError,
         balloon::Balloon,
         block::{Block, BlockConfig, BlockHandle, DiskError},
         mem::{Layout, Mem, MemError, MemHandle},
         net::{Net, NetConfig, NetError},
+        pmem::{Pmem, PmemConfig, PmemError},
         rng::Rng,
-        vsock::{VsockDevice, VsockError},
+        state::{FunctionState, SaveError},
+        vsock::{VsockDevice, VsockDialer, VsockError},
     },
 };
 use caisson_machine::{Backing, Config, ConfigMirror, Entry, Host, Kernel, Machine, Ram, Vm, layout};
@@ -59,6 +62,10 @@ pub(crate) enum BuildError {
     Disk(#[from] DiskError),
     #[error("cannot make a NIC")]
     Nic(#[from] NetError),
+    #[error("cannot make persistent memory")]
+    Pmem(#[from] PmemError),
+    #[error("cannot get the size of a file for persistent memory")]
+    Size(#[source] std::io::Error),
     #[error("cannot make the memory device")]
     Memory(#[from] MemError),
     #[error("cannot put a device on the PCI bus")]
@@ -72,6 +79,7 @@ pub(crate) struct Built {
     places: Places,
     disks: Vec<(String, BlockHandle)>,
     memory: Option<MemHandle>,
+    vsock: Option<VsockDialer>,
 }
 
 /// A machine that runs.
@@ -80,6 +88,8 @@ pub(crate) struct Booted {
     pub(crate) places: Places,
     pub(crate) disks: Vec<(String, BlockHandle)>,
     pub(crate) memory: Option<MemHandle>,
+    /// Reaches the guest's ports.
+    pub(crate) vsock: Option<VsockDialer>,
 }
 
 impl Built {
@@ -89,6 +99,7 @@ impl Built {
             places: self.places,
             disks: self.disks,
             memory: self.memory,
+            vsock: self.vsock,
         })
     }
 }
@@ -129,13 +140,15 @@ pub(crate) fn build(
     let vm = Vm::new(host, config(spec, filters))?;
     let console = File::from(inherited.give(spec.console)?);
     let places = Places::new(&vm, console, maker)?;
-    let (mut disks, mut memory) = (Vec::new(), None);
+    let (mut disks, mut memory, mut dialer) = (Vec::new(), None, None);
     for device in devices(spec) {
         let device: Box<dyn VirtioDevice> = match device {
             Device::Entropy => Box::new(Rng::new(places.host.clone())),
             Device::Vsock(vsock) => {
                 let listener = UnixListener::from(inherited.give(vsock.listener)?);
-                Box::new(VsockDevice::new(vsock.cid.into(), listener, places.host.clone())?)
+                let device = VsockDevice::new(vsock.cid.into(), listener, places.host.clone())?;
+                dialer = Some(device.dialer());
+                Box::new(device)
             }
             Device::Disk(disk) => {
                 let files = inherited.give_all(&disk.files)?;
@@ -144,21 +157,9 @@ pub(crate) fn build(
                 device
             }
             Device::Nic(nic) => {
-                let taps = inherited.give_all(&nic.queues)?.into_iter().map(File::from);
-                let config = NetConfig {
-                    taps: taps.collect(),
-                    mac: nic.mac,
-                    mtu: nic.mtu,
-                    offloads: true,
-                };
-                let nic_device = Net::new(config, places.host.clone())?;
+                let taps = inherited.give_all(&nic.queues)?;
                 let vhost = inherited.give_all(&nic.vhost)?;
-                if vhost.is_empty() {
-                    Box::new(nic_device)
-                } else {
-                    let vhost = vhost.into_iter().map(File::from).collect();
-                    Box::new(nic_device.with_vhost(vhost, Arc::clone(&places.memory), &vm.memory())?)
-                }
+                places.nic(taps, vhost, nic.mac, nic.mtu)?
             }
             Device::Balloon => {
                 // Nobody inflates it: it is there for the pages that the guest reports as free.
@@ -185,6 +186,7 @@ pub(crate) fn build(
         places,
         disks,
         memory,
+        vsock: dialer,
     })
 }
 
@@ -217,6 +219,8 @@ pub(crate) struct Places {
     console: Arc<SerialPort<File>>,
     /// All that changes the guest's memory goes through it, so that vhost hears of it.
     memory: Arc<FollowedMemory>,
+    /// Every function but the host bridge, by its place.
+    functions: Mutex<BTreeMap<PciAddress, Arc<VirtioPci>>>,
 }
 
 impl Places {
@@ -250,7 +254,39 @@ impl Places {
             },
             console,
             memory: Arc::new(FollowedMemory::new(vm.memory_control(), vm.memory())),
+            functions: Mutex::default(),
         })
+    }
+
+    fn functions(&self) -> MutexGuard<'_, BTreeMap<PciAddress, Arc<VirtioPci>>> {
+        // A thread that panics takes the process with it.
+        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn nic(
+        &self,
+        taps: Vec<OwnedFd>,
+        vhost: Vec<OwnedFd>,
+        mac: [u8; 6],
+        mtu: u16,
+    ) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let files = |all: Vec<OwnedFd>| all.into_iter().map(File::from).collect::<Vec<_>>();
+        let config = NetConfig {
+            taps: files(taps),
+            mac,
+            mtu,
+            offloads: true,
+        };
+        let nic = Net::new(config, self.host.clone())?;
+        if vhost.is_empty() {
+            return Ok(Box::new(nic));
+        }
+        let memory = Arc::clone(&self.memory);
+        Ok(Box::new(nic.with_vhost(
+            files(vhost),
+            memory,
+            &self.attachment.memory,
+        )?))
     }
 
     fn disk(
@@ -283,7 +319,8 @@ impl Places {
 
     fn add(&self, device: Box<dyn VirtioDevice>) -> Result<PciAddress, BuildError> {
         let function = VirtioPci::new(device, self.attachment.clone())?;
-        let place = self.root.add(function)?;
+        let place = self.root.add(Arc::clone(&function) as _)?;
+        self.functions().insert(place, function);
         self.config.refresh(place.device, place.function);
         Ok(place)
     }
@@ -299,9 +336,78 @@ impl Places {
         Ok((handle, self.add(device)?))
     }
 
+    /// Adds a NIC to a running VM, as [`Places::add_disk`] does.
+    pub(crate) fn add_nic(
+        &self,
+        taps: Vec<OwnedFd>,
+        vhost: Vec<OwnedFd>,
+        mac: [u8; 6],
+        mtu: u16,
+    ) -> Result<PciAddress, BuildError> {
+        self.add(self.nic(taps, vhost, mac, mtu)?)
+    }
+
+    /// Adds persistent memory to a running VM, as [`Places::add_disk`] does; and where it lies, which is the caller's to free after it has been
+    /// removed.
+    pub(crate) fn add_pmem(
+        &self,
+        vm: &Vm,
+        file: OwnedFd,
+        read_only: bool,
+    ) -> Result<(PciAddress, u64), BuildError> {
+        let file = File::from(file);
+        let bytes = file.metadata().map_err(BuildError::Size)?.len();
+        let address = vm.plug_space(bytes).map_err(caisson_machine::Error::from)?;
+        let config = PmemConfig {
+            file,
+            address,
+            read_only,
+        };
+        let added = Pmem::new(config, Arc::clone(&self.memory) as _, self.host.clone())
+            .map_err(BuildError::from)
+            .and_then(|pmem| self.add(Box::new(pmem)));
+        match added {
+            Ok(place) => Ok((place, address)),
+            Err(e) => {
+                vm.free_plug_space(address);
+                Err(e)
+            }
+        }
+    }
+
+    /// No device touches the guest's memory until [`Places::resume`]; to be called while no vCPU runs.
+    pub(crate) fn suspend(&self) {
+        for function in self.functions().values() {
+            function.suspend();
+        }
+    }
+
+    /// Devices go on where they were.
+    pub(crate) fn resume(&self) {
+        for function in self.functions().values() {
+            function.resume();
+        }
+    }
+
+    /// What every function is, while all are suspended.
+    pub(crate) fn states(&self) -> Result<Vec<(PciAddress, FunctionState)>, (SaveError, PciAddress)> {
+        let functions = self.functions();
+        let states = functions.iter().map(|(place, function)| match function.state() {
+            Ok(state) => Ok((*place, state)),
+            Err(e) => Err((e, *place)),
+        });
+        states.collect()
+    }
+
+    /// What the console is.
+    pub(crate) fn console(&self) -> PortState {
+        self.console.state()
+    }
+
     /// Takes a device away. The guest should have let go of it.
     pub(crate) fn remove(&self, place: PciAddress) -> Result<(), BuildError> {
         self.root.remove(place)?;
+        self.functions().remove(&place);
         self.config.refresh(place.device, place.function);
         Ok(())
     }

@@ -13,6 +13,7 @@ mod descriptors;
 mod machine;
 mod record;
 mod running;
+mod saved;
 mod threads;
 mod wire;
 

@@ -3,19 +3,32 @@
 //! The first request of a connection is [`Request::Hello`]; the VMM answers with the version that both speak from then on, or refuses.
 //! Descriptors travel as SCM_RIGHTS with the request that names them. The VMM serves one connection at a time and ends it when nothing
 //! comes for [`IDLE_SECONDS`].
+//!
+//! Version 1 knew disks only; 2 has NICs, persistent memory, the state of a paused VM, and the way by which a guest is asked to end.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DecodeError, decode, is_serial, spec::FILES_PER_DISK_MAX};
+use crate::{
+    DecodeError, decode, is_serial,
+    spec::{FILES_PER_DISK_MAX, QUEUES_PER_NIC_MAX},
+};
 
 /// Oldest version that this code speaks.
 pub const OLDEST_PROTOCOL: u32 = 1;
 /// Newest version that this code speaks.
-pub const NEWEST_PROTOCOL: u32 = 1;
+pub const NEWEST_PROTOCOL: u32 = 2;
 /// Longest request or reply, bytes of JSON.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 /// Most descriptors with one request.
 pub const DESCRIPTORS_MAX: usize = FILES_PER_DISK_MAX;
+/// Most model-specific registers that [`Request::SaveState`] names.
+pub const NAMED_MSRS_MAX: usize = 256;
+/// Version of what [`Request::SaveState`] writes.
+pub const STATE_VERSION: u32 = 1;
+/// Longest state, bytes of JSON: 254 vCPUs, and as many devices as fit.
+pub const STATE_BYTES_MAX: usize = 64 << 20;
+/// How long the guest may take to answer [`Request::Shutdown`], seconds.
+pub const ANSWER_SECONDS: u64 = 2;
 /// How long a connection may be silent, seconds.
 pub const IDLE_SECONDS: u64 = 10;
 /// How long the guest may take to let go of a device, seconds; the reply to [`Request::RemoveDisk`] comes within it.
@@ -51,6 +64,34 @@ pub enum Request {
         /// Which.
         serial: String,
     },
+    /// Adds a NIC. With the request come `queues` taps, and then as many descriptors of vhost-net, or none.
+    AddNic {
+        /// Names it in later requests; shaped as a disk's serial.
+        name: String,
+        /// Hardware address.
+        mac: [u8; 6],
+        /// Bytes.
+        mtu: u16,
+        /// Pairs of queues.
+        queues: u32,
+    },
+    /// Takes a NIC away that [`Request::AddNic`] has added. The guest should have let go of it.
+    RemoveNic {
+        /// Which.
+        name: String,
+    },
+    /// Adds persistent memory: the file whose descriptor comes with the request, a multiple of 2 MiB long.
+    AddPmem {
+        /// Names it in later requests; shaped as a disk's serial.
+        name: String,
+        /// The guest's writes stay its own.
+        read_only: bool,
+    },
+    /// Takes persistent memory away that [`Request::AddPmem`] has added. The guest should have let go of it.
+    RemovePmem {
+        /// Which.
+        name: String,
+    },
     /// Makes this many vCPUs available; the guest brings them online.
     ResizeVcpus {
         /// How many.
@@ -61,12 +102,21 @@ pub enum Request {
         /// MiB.
         mib: u64,
     },
-    /// Stops the vCPUs.
+    /// Stops the vCPUs, and then the devices: until [`Request::Resume`], nothing changes the guest's memory.
     Pause,
     /// Lets them run again.
     Resume,
-    /// Asks the guest to end in its own time.
-    Shutdown,
+    /// Writes what a paused VM is, as JSON, into the file whose descriptor comes with the request: its vCPUs, interrupt controllers, clock and
+    /// devices, and where its memory lies. Neither the memory's contents nor the host's files are in it.
+    SaveState {
+        /// Model-specific registers to save beyond those that KVM lists: each must be readable.
+        msrs: Vec<u32>,
+    },
+    /// Asks the guest to end in its own time, by a connection to a port of its vsock; done when somebody there has accepted it.
+    Shutdown {
+        /// Which port.
+        port: u32,
+    },
     /// Ends the VM now; the reply comes before the end.
     Kill,
 }
@@ -132,7 +182,13 @@ pub struct Status {
     pub memory_mib: u64,
     /// Serials of the disks that were added since the boot.
     pub disks: Vec<String>,
-    /// Places for disks that are free.
+    /// Names of the NICs that were added since the boot.
+    #[serde(default)]
+    pub nics: Vec<String>,
+    /// Names of the persistent memory that was added since the boot.
+    #[serde(default)]
+    pub pmems: Vec<String>,
+    /// Places for devices that are free.
     pub free_slots: u32,
     /// Exits of vCPUs to the VMM by reason, as counted by the VMM.
     pub exits: Vec<(String, u64)>,
@@ -153,14 +209,37 @@ impl Request {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let what = "a request";
         let request: Self = decode(what, bytes, MESSAGE_BYTES_MAX)?;
-        match &request {
-            Self::AddDisk { serial, .. } | Self::RemoveDisk { serial } | Self::ResizeDisk { serial }
-                if !is_serial(serial) =>
-            {
-                let problems = vec![format!("{serial:?} is no serial of a disk")];
-                Err(DecodeError::Invalid { what, problems })
+        match request.problem() {
+            Some(problem) => Err(DecodeError::Invalid {
+                what,
+                problems: vec![problem],
+            }),
+            None => Ok(request),
+        }
+    }
+
+    /// What is wrong with it, if anything is.
+    fn problem(&self) -> Option<String> {
+        match self {
+            Self::AddDisk { serial, .. } | Self::RemoveDisk { serial } | Self::ResizeDisk { serial } => {
+                (!is_serial(serial)).then(|| format!("{serial:?} is no serial of a disk"))
             }
-            _ => Ok(request),
+            Self::AddNic { name, .. }
+            | Self::RemoveNic { name }
+            | Self::AddPmem { name, .. }
+            | Self::RemovePmem { name }
+                if !is_serial(name) =>
+            {
+                Some(format!("{name:?} is no name of a device"))
+            }
+            Self::AddNic { queues, .. } => {
+                let possible = (1..=QUEUES_PER_NIC_MAX).contains(&(*queues as usize));
+                (!possible)
+                    .then(|| format!("a NIC of {queues} queues: 1 to {QUEUES_PER_NIC_MAX} are possible"))
+            }
+            Self::SaveState { msrs } => (msrs.len() > NAMED_MSRS_MAX)
+                .then(|| format!("{} registers are named, {NAMED_MSRS_MAX} can be", msrs.len())),
+            _ => None,
         }
     }
 
@@ -178,11 +257,16 @@ impl Request {
             Self::AddDisk { .. } => "add_disk",
             Self::RemoveDisk { .. } => "remove_disk",
             Self::ResizeDisk { .. } => "resize_disk",
+            Self::AddNic { .. } => "add_nic",
+            Self::RemoveNic { .. } => "remove_nic",
+            Self::AddPmem { .. } => "add_pmem",
+            Self::RemovePmem { .. } => "remove_pmem",
             Self::ResizeVcpus { .. } => "resize_vcpus",
             Self::ResizeMemory { .. } => "resize_memory",
             Self::Pause => "pause",
             Self::Resume => "resume",
-            Self::Shutdown => "shutdown",
+            Self::SaveState { .. } => "save_state",
+            Self::Shutdown { .. } => "shutdown",
             Self::Kill => "kill",
         }
     }
@@ -244,7 +328,22 @@ mod tests {
             Request::ResizeMemory { mib: 512 },
             Request::Pause,
             Request::Resume,
-            Request::Shutdown,
+            Request::AddNic {
+                name: "eth1".into(),
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: 1500,
+                queues: 2,
+            },
+            Request::RemoveNic { name: "eth1".into() },
+            Request::AddPmem {
+                name: "pmem-1".into(),
+                read_only: true,
+            },
+            Request::RemovePmem {
+                name: "pmem-1".into(),
+            },
+            Request::SaveState { msrs: vec![0x10a] },
+            Request::Shutdown { port: 1020 },
             Request::Kill,
         ];
         for request in requests {
@@ -259,6 +358,8 @@ mod tests {
             vcpus_max: 2,
             memory_mib: 64,
             disks: vec!["scratch".into()],
+            nics: vec!["eth1".into()],
+            pmems: Vec::new(),
             free_slots: 3,
             exits: vec![("io".into(), 12)],
         });
@@ -267,7 +368,7 @@ mod tests {
 
     #[test]
     fn the_newest_common_version_is_chosen() {
-        assert_eq!(common_protocol(1, 1), Some(1));
+        assert_eq!(common_protocol(1, 1), Some(1), "of an older client");
         assert_eq!(common_protocol(1, 9), Some(NEWEST_PROTOCOL));
         assert_eq!(common_protocol(NEWEST_PROTOCOL + 1, 9), None);
         assert_eq!(common_protocol(0, 0), None);
@@ -275,9 +376,23 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_serial_reaches_no_device() {
-        let bytes = br#"{"verb":"remove_disk","serial":"../x"}"#;
-        assert!(matches!(Request::decode(bytes), Err(DecodeError::Invalid { .. })));
+    fn what_makes_no_sense_reaches_no_device() {
+        for text in [
+            r#"{"verb":"remove_disk","serial":"../x"}"#,
+            r#"{"verb":"remove_nic","name":"../x"}"#,
+            r#"{"verb":"add_pmem","name":"","read_only":true}"#,
+            r#"{"verb":"add_nic","name":"a","mac":[2,0,0,0,0,1],"mtu":1500,"queues":0}"#,
+            r#"{"verb":"add_nic","name":"a","mac":[2,0,0,0,0,1],"mtu":1500,"queues":17}"#,
+        ] {
+            let refused = Request::decode(text.as_bytes());
+            assert!(matches!(refused, Err(DecodeError::Invalid { .. })), "{text}");
+        }
+        let msrs = vec![1; NAMED_MSRS_MAX + 1];
+        let bytes = Request::SaveState { msrs }.encode().unwrap();
+        assert!(matches!(
+            Request::decode(&bytes),
+            Err(DecodeError::Invalid { .. })
+        ));
     }
 
     #[test]

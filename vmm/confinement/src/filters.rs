@@ -271,6 +271,8 @@ impl List {
                 list.calls(BLOCK);
                 list.calls(SOCKETS);
                 list.threads();
+                // By which it speaks to the guest's vsock.
+                list.with(libc::SYS_socketpair, &[equals(0, libc::AF_UNIX as u64)]);
                 list.with(libc::SYS_ioctl, &[KVM, VHOST, NOT_BLOCKING]);
                 list.with(libc::SYS_ioctl, &TAP);
                 list.with(libc::SYS_ioctl, &BLOCK_DEVICE);

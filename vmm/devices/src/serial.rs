@@ -9,7 +9,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use vm_superio::{Serial, Trigger};
+use serde::{Deserialize, Serialize};
+use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::ports::BusDevice;
@@ -85,6 +86,56 @@ impl<W: Write> Drop for Lines<W> {
     }
 }
 
+/// Registers of a port, and what it has not been read of. For those who keep a paused machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the names of the registers")]
+pub struct PortState {
+    pub baud_divisor: [u8; 2],
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub unread: Vec<u8>,
+}
+
+impl From<SerialState> for PortState {
+    fn from(state: SerialState) -> Self {
+        Self {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            unread: state.in_buffer,
+        }
+    }
+}
+
+impl From<&PortState> for SerialState {
+    fn from(state: &PortState) -> Self {
+        let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
+        Self {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.unread.clone(),
+        }
+    }
+}
+
 /// A serial port whose output goes to `W`.
 pub struct SerialPort<W: Write + Send> {
     uart: Mutex<Serial<Line, vm_superio::serial::NoEvents, Lines<W>>>,
@@ -107,6 +158,30 @@ impl<W: Write + Send> SerialPort<W> {
         Self {
             uart: Mutex::new(Serial::new(Line(interrupt), lines)),
         }
+    }
+
+    /// A port that goes on where another one was; nothing if no port was ever in that state.
+    pub fn restored(interrupt: EventFd, sink: W, most: u64, state: &PortState) -> Option<Self> {
+        let lines = Lines {
+            sink,
+            line: Vec::with_capacity(LINE_BYTES),
+            left: most,
+        };
+        let uart = Serial::from_state(
+            &state.into(),
+            Line(interrupt),
+            vm_superio::serial::NoEvents,
+            lines,
+        );
+        Some(Self {
+            uart: Mutex::new(uart.ok()?),
+        })
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn state(&self) -> PortState {
+        self.lock().state().into()
     }
 
     /// Writes out the line that is being held back, when the VM ends.
@@ -176,6 +251,38 @@ mod tests {
         let mut status = [0];
         port.read(5, &mut status);
         assert_eq!(status[0] & 0x60, 0x60, "ready for more");
+    }
+
+    #[test]
+    fn a_port_goes_on_where_another_one_was() {
+        let event = || EventFd::new(libc_nonblocking()).unwrap();
+        let port = SerialPort::new(event(), Sink::default(), 100);
+        for (register, value) in [
+            (3, 0x83),
+            (0, 0x12),
+            (1, 0x34),
+            (3, 0x03),
+            (1, 1),
+            (4, 0x0b),
+            (7, 0x5a),
+        ] {
+            port.write(register, &[value]);
+        }
+        let state = port.state();
+        assert_eq!((state.baud_divisor, state.scratch), ([0x12, 0x34], 0x5a));
+        let other = SerialPort::restored(event(), Sink::default(), 100, &state).unwrap();
+        assert_eq!(other.state(), state);
+        for register in [2, 3, 4, 5, 6, 7] {
+            let (mut one, mut two) = ([0], [0]);
+            port.read(register, &mut one);
+            other.read(register, &mut two);
+            assert_eq!(one, two, "register {register}");
+        }
+        let impossible = PortState {
+            unread: vec![0; 1000],
+            ..state
+        };
+        assert!(SerialPort::restored(event(), Sink::default(), 100, &impossible).is_none());
     }
 
     #[test]

@@ -29,6 +29,17 @@ pub enum Error {
         /// On which vCPU.
         cpu: u8,
     },
+    /// KVM does not give a model-specific register that was asked for.
+    #[error("KVM refuses to read MSR {index:#x} of vCPU {cpu}")]
+    MsrRead {
+        /// Which register.
+        index: u32,
+        /// Of which vCPU.
+        cpu: u8,
+    },
+    /// A state can only be had of a machine that stands still.
+    #[error("the machine is not paused")]
+    NotPaused,
     /// Guest memory could not be had.
     #[error("cannot make {bytes} bytes of guest memory")]
     Memory {

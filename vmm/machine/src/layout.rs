@@ -12,6 +12,8 @@
 
 use std::ops::Range;
 
+use caisson_devices::pci::Window;
+
 /// RAM ends here at the latest and goes on at [`HIGH_RAM`].
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where BARs live. No 64-bit window: virtio functions need a few pages each.
@@ -91,7 +93,7 @@ pub struct Layout {
     pub low: u64,
     /// RAM from [`HIGH_RAM`] on, in bytes; may be 0.
     pub high: u64,
-    next: u64,
+    plugged: Window,
     limit: u64,
 }
 
@@ -108,7 +110,7 @@ impl Layout {
         let mut layout = Self {
             low,
             high,
-            next: HIGH_RAM,
+            plugged: Window::new(HIGH_RAM..limit),
             limit,
         };
         if high > 0 {
@@ -117,19 +119,16 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Guest-physical space for `bytes` of something that is plugged: its start. Space is never given back: it costs nothing.
+    /// Guest-physical space for `bytes` of something that is plugged: its start.
     pub fn plug(&mut self, bytes: u64) -> Result<u64, LayoutError> {
-        let too_large = LayoutError::TooLarge {
-            bytes,
-            limit: self.limit,
-        };
-        let start = self.next;
-        let end = start.checked_add(bytes).ok_or(too_large)?;
-        if end > self.limit {
-            return Err(too_large);
-        }
-        self.next = end.checked_next_multiple_of(PLUG_ALIGNMENT).unwrap_or(self.limit);
-        Ok(start)
+        let limit = self.limit;
+        let place = self.plugged.allocate(bytes, PLUG_ALIGNMENT);
+        place.ok_or(LayoutError::TooLarge { bytes, limit })
+    }
+
+    /// What was plugged there is gone, and its space can be used again; whether something was.
+    pub fn unplug(&mut self, start: u64) -> bool {
+        start >= HIGH_RAM + self.high && self.plugged.free(start)
     }
 
     /// Ranges of RAM, as (start, bytes), in order.
@@ -214,6 +213,11 @@ mod tests {
         assert!(layout.plug(128 << 30).is_err());
         assert!(layout.plug(u64::MAX).is_err());
         assert_eq!(layout.plug(1 << 30), Ok(HIGH_RAM));
+        // As often as one likes.
+        for _ in 0..1000 {
+            assert_eq!(layout.plug(1 << 30), Ok(HIGH_RAM + (1 << 30)));
+            assert!(layout.unplug(HIGH_RAM + (1 << 30)));
+        }
     }
 
     #[test]
@@ -237,21 +241,27 @@ mod tests {
         #[test]
         fn whatever_is_plugged_overlaps_nothing(
             pages in (LEAST_RAM / PAGE)..(16 << 30) / PAGE,
-            sizes in prop::collection::vec(1u64..(8 << 30), 0..12),
+            sizes in prop::collection::vec((1u64..(8 << 30), any::<bool>()), 0..12),
         ) {
             let mut layout = Layout::new(pages * PAGE, 39).unwrap();
             let mut taken: Vec<(u64, u64)> = layout.ram();
             prop_assert_eq!(taken.iter().map(|(_, bytes)| bytes).sum::<u64>(), pages * PAGE);
             taken.push((LOW_RAM_END, HIGH_RAM - LOW_RAM_END));
-            for bytes in sizes {
+            for (bytes, goes) in sizes {
                 let Ok(start) = layout.plug(bytes) else { break };
                 prop_assert!(start.is_multiple_of(PLUG_ALIGNMENT));
                 prop_assert!(start + bytes <= 1 << 39);
                 for (other, size) in &taken {
                     prop_assert!(start >= other + size || start + bytes <= *other);
                 }
-                taken.push((start, bytes));
+                if goes {
+                    prop_assert!(layout.unplug(start));
+                    prop_assert!(!layout.unplug(start));
+                } else {
+                    taken.push((start, bytes));
+                }
             }
+            prop_assert!(!layout.unplug(0) && !layout.unplug(HIGH_RAM) || layout.high == 0);
             let map = layout.memory_map();
             for pair in map.windows(2) {
                 prop_assert!(pair[0].start + pair[0].bytes <= pair[1].start);

@@ -21,6 +21,7 @@ pub mod kvm;
 pub mod layout;
 mod memory;
 mod power;
+pub mod state;
 mod vcpu;
 mod vm;
 
@@ -32,5 +33,6 @@ pub use error::Error;
 pub use exits::{ExitCounts, ExitReason};
 pub use kvm::Host;
 pub use memory::{Backing, Ram};
+pub use state::MachineState;
 pub use vcpu::Machine;
 pub use vm::{Config, EnterCpuThread, Vm};

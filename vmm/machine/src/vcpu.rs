@@ -23,14 +23,16 @@ use std::{
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::{
-    Error, ExitCounts, ExitReason, Vm,
+    Error, ExitCounts, ExitReason, MachineState, Vm,
     boot::Start,
     cpu,
     ends::{End, Ends},
     exits::Exits,
+    state,
 };
 
 /// A vCPU that takes longer than this to come out of KVM does not come at all.
@@ -119,6 +121,12 @@ impl Gate {
         state.wanted == Wanted::Run
     }
 
+    /// Whether the machine stands still.
+    fn is_quiet(&self) -> bool {
+        let state = self.lock();
+        state.wanted == Wanted::Pause && state.waiting == state.alive
+    }
+
     /// Waits until every thread waits or has ended.
     fn wait_until_quiet(&self) -> io::Result<()> {
         let deadline = Instant::now() + ATTENTION_DEADLINE;
@@ -147,23 +155,58 @@ struct Shared {
     mmio: caisson_devices::bus::Bus,
 }
 
+/// A vCPU. Its thread holds the lock but for the time in which it waits at the gate.
+#[derive(Debug)]
+struct Cpu {
+    thread: JoinHandle<()>,
+    fd: Arc<Mutex<VcpuFd>>,
+}
+
 /// A machine that has been booted. It runs until it ends or is dropped.
 #[derive(Debug)]
 pub struct Machine {
     shared: Arc<Shared>,
     // By vCPU. Holding the lock also keeps two callers from changing the number of vCPUs at once.
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<Cpu>>,
     // Behind the threads, so that guest memory outlives whoever runs in it.
     vm: Vm,
 }
 
 impl Machine {
     pub(crate) fn start(vm: Vm, start: &Start) -> Result<Self, Error> {
+        let machine = Self::without_cpus(vm)?;
+        machine.add_cpus(machine.vm.config().boot_cpus, Some(start))?;
+        Ok(machine)
+    }
+
+    pub(crate) fn restore(vm: Vm, state: &MachineState) -> Result<Self, Error> {
+        let machine = Self::without_cpus(vm)?;
+        machine.shared.gate.set(Wanted::Pause);
+        let count = u8::try_from(state.cpus.len()).unwrap_or(u8::MAX);
+        let made = machine.make_cpus(0, count, None)?;
+        for ((id, cpu), state) in made.iter().zip(&state.cpus) {
+            state::restore_cpu(cpu, *id, machine.vm.host(), state)?;
+        }
+        state::restore_vm(machine.vm.fd(), &state.controllers, &state.clock)?;
+        machine.run_cpus(&mut machine.threads(), made)?;
+        // Whoever resumes it finds every vCPU at the gate.
+        machine
+            .shared
+            .gate
+            .wait_until_quiet()
+            .map_err(|source| Error::Kvm {
+                what: "hold restored vCPUs",
+                source,
+            })?;
+        Ok(machine)
+    }
+
+    fn without_cpus(vm: Vm) -> Result<Self, Error> {
         register_signal_handler(attention_signal(), attend).map_err(|e| Error::Kvm {
             what: "install the handler of the vCPUs' signal",
             source: io::Error::from_raw_os_error(e.errno()),
         })?;
-        let machine = Self {
+        Ok(Self {
             shared: Arc::new(Shared {
                 gate: Gate::new(),
                 exits: Exits::new(vm.config().trace_exits),
@@ -173,9 +216,31 @@ impl Machine {
             }),
             threads: Mutex::default(),
             vm,
-        };
-        machine.add_cpus(machine.vm.config().boot_cpus, Some(start))?;
-        Ok(machine)
+        })
+    }
+
+    /// What the machine is, while it is paused. `named` are model-specific registers to save beyond those that KVM lists.
+    pub fn state(&self, named: &[u32]) -> Result<MachineState, Error> {
+        let threads = self.threads();
+        if !self.shared.gate.is_quiet() {
+            return Err(Error::NotPaused);
+        }
+        let host = self.vm.host();
+        let indices = state::msrs_to_save(host, named)?;
+        let mut cpus = Vec::with_capacity(threads.len());
+        for (id, cpu) in (0..).zip(threads.iter()) {
+            let fd = cpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
+            cpus.push(state::save_cpu(&fd, id, host, &indices, named)?);
+        }
+        let (controllers, clock) = state::save_vm(self.vm.fd())?;
+        let memory = self.vm.memory().memory();
+        let memory = memory.iter().map(|region| (region.start_addr().0, region.len()));
+        Ok(MachineState {
+            cpus,
+            controllers,
+            clock,
+            memory: memory.collect(),
+        })
     }
 
     /// The VM, for devices that are added while it runs.
@@ -198,6 +263,18 @@ impl Machine {
     }
 
     fn add_cpus(&self, count: u8, start: Option<&Start>) -> Result<(), Error> {
+        let mut threads = self.threads();
+        let made = self.make_cpus(threads.len(), count, start)?;
+        self.run_cpus(&mut threads, made)
+    }
+
+    /// Makes the vCPUs from `present` on up to `count`, without running them.
+    fn make_cpus(
+        &self,
+        present: usize,
+        count: u8,
+        start: Option<&Start>,
+    ) -> Result<Vec<(u8, VcpuFd)>, Error> {
         let config = self.vm.config();
         if count > config.cpus {
             return Err(Error::Cpus {
@@ -206,8 +283,7 @@ impl Machine {
                 limit: self.vm.host().cpu_limit(),
             });
         }
-        let mut threads = self.threads();
-        let present = u8::try_from(threads.len()).unwrap_or(u8::MAX);
+        let present = u8::try_from(present).unwrap_or(u8::MAX);
         let mut new = Vec::new();
         for id in present..count {
             let start = start.filter(|_| id == 0);
@@ -221,13 +297,19 @@ impl Machine {
             )?;
             new.push((id, cpu));
         }
-        for (id, cpu) in new {
-            threads.push(self.spawn(id, cpu)?);
+        Ok(new)
+    }
+
+    fn run_cpus(&self, threads: &mut Vec<Cpu>, made: Vec<(u8, VcpuFd)>) -> Result<(), Error> {
+        for (id, cpu) in made {
+            let fd = Arc::new(Mutex::new(cpu));
+            let thread = self.spawn(id, Arc::clone(&fd))?;
+            threads.push(Cpu { thread, fd });
         }
         Ok(())
     }
 
-    fn spawn(&self, id: u8, cpu: VcpuFd) -> Result<JoinHandle<()>, Error> {
+    fn spawn(&self, id: u8, cpu: Arc<Mutex<VcpuFd>>) -> Result<JoinHandle<()>, Error> {
         let shared = Arc::clone(&self.shared);
         let enter = self.vm.config().enter_cpu_thread.clone();
         self.shared.gate.lock().alive += 1;
@@ -237,7 +319,7 @@ impl Machine {
             .spawn(move || {
                 let _gone = Gone(Arc::clone(&shared));
                 match enter.0(id) {
-                    Ok(()) => run(cpu, &shared),
+                    Ok(()) => run(&cpu, &shared),
                     Err(error) => shared
                         .ends
                         .report(End::Failed(format!("cannot confine vCPU {id}: {error}"))),
@@ -249,14 +331,14 @@ impl Machine {
         })
     }
 
-    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+    fn threads(&self) -> MutexGuard<'_, Vec<Cpu>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn kick(&self) {
-        for thread in self.threads().iter() {
+        for cpu in self.threads().iter() {
             // Fails only for a thread that is gone.
-            thread.kill(attention_signal()).ok();
+            cpu.thread.kill(attention_signal()).ok();
         }
     }
 
@@ -293,9 +375,9 @@ impl Machine {
     fn join(&self) {
         self.shared.gate.set(Wanted::Stop);
         self.kick();
-        for thread in self.threads().drain(..) {
+        for cpu in self.threads().drain(..) {
             // A thread that has panicked is gone as well; in the product, a panic ends the process.
-            drop(thread.join());
+            drop(cpu.thread.join());
         }
     }
 
@@ -361,7 +443,9 @@ enum Next {
 }
 
 /// Runs a vCPU until the machine ends.
-fn run(mut cpu: VcpuFd, shared: &Shared) {
+fn run(shared_cpu: &Mutex<VcpuFd>, shared: &Shared) {
+    let take = || shared_cpu.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut cpu = take();
     let _attentive = Attentive::new(&mut cpu);
     loop {
         if shared.gate.closed.load(Ordering::Acquire) {
@@ -369,7 +453,11 @@ fn run(mut cpu: VcpuFd, shared: &Shared) {
                 shared.ends.report(end);
                 return;
             }
-            if !shared.gate.pass() {
+            // Whoever waits until all stand still may look at it.
+            drop(cpu);
+            let go_on = shared.gate.pass();
+            cpu = take();
+            if !go_on {
                 return;
             }
             // Tells the guest that it was not its fault if time has passed; a guest without kvm-clock cannot be told.

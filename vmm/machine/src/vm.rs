@@ -222,6 +222,14 @@ impl Vm {
             .plug(bytes)
     }
 
+    /// What was plugged at this address is gone.
+    pub fn free_plug_space(&self, start: u64) {
+        self.layout
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .unplug(start);
+    }
+
     /// Where the end of the machine is reported, by devices that can end it.
     #[must_use]
     pub fn ends(&self) -> Arc<Ends> {
@@ -246,6 +254,12 @@ impl Vm {
 
     pub(crate) fn host(&self) -> &Host {
         &self.host
+    }
+
+    /// Becomes what another machine of the same configuration was, and stands still until [`Machine::resume`]. The guest's memory has been put
+    /// back before ([`Vm::memory`]), devices follow before the guest runs.
+    pub fn restore(self, state: &crate::MachineState) -> Result<Machine, Error> {
+        Machine::restore(self, state)
     }
 
     /// Loads a kernel and starts the vCPUs.

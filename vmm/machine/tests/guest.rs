@@ -16,7 +16,7 @@ use std::{
 };
 
 use caisson_devices::ports::{BusDevice, MsiMessage};
-use caisson_machine::{Config, End, Entry, ExitReason, Host, Kernel, Machine, Vm};
+use caisson_machine::{Config, End, Entry, Error, ExitReason, Host, Kernel, Machine, MachineState, Vm};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 /// Nothing here takes longer, however slow the machine.
@@ -318,6 +318,108 @@ fn a_paused_guest_does_nothing_until_it_is_resumed() {
     let seen = counter(&machine);
     std::thread::yield_now();
     assert_eq!(counter(&machine), seen, "nothing runs after the end");
+}
+
+/// What a machine is, on its way to another one that gets a copy of its memory.
+fn moved(machine: &Machine, change: impl FnOnce(&mut Config)) -> (Guest, MachineState) {
+    let state = machine.state(&[]).unwrap();
+    let json = serde_json::to_string(&state).unwrap();
+    let next = guest(change).unwrap();
+    for &(start, bytes) in &state.memory {
+        let mut copy = vec![0; usize::try_from(bytes).unwrap()];
+        let memory = machine.vm().memory();
+        memory
+            .memory()
+            .read_slice(&mut copy, GuestAddress(start))
+            .unwrap();
+        let memory = next.vm.memory();
+        memory.memory().write_slice(&copy, GuestAddress(start)).unwrap();
+    }
+    let state: MachineState = serde_json::from_str(&json).unwrap();
+    assert_eq!(serde_json::to_string(&state).unwrap(), json);
+    (next, state)
+}
+
+#[test]
+fn a_machine_is_kept_and_goes_on_and_so_does_another_one_in_its_place() {
+    let Some(Guest { vm, .. }) = guest(|_| ()) else {
+        return;
+    };
+    let machine = vm.boot(&kernel(code!(guest_count))).unwrap();
+    wait_until("it counts", || counter(&machine) > 0);
+    assert!(
+        matches!(machine.state(&[]), Err(Error::NotPaused)),
+        "what runs has no state"
+    );
+    machine.pause().unwrap();
+    let seen = counter(&machine);
+    let (next, state) = moved(&machine, |_| ());
+    assert_eq!(state.cpus.len(), 1);
+    machine.resume();
+    wait_until("it goes on", || counter(&machine) > seen);
+    let other = next.vm.restore(&state).unwrap();
+    assert_eq!(counter(&other), seen, "it stands still");
+    other.resume();
+    wait_until("the other one goes on", || counter(&other) > seen);
+    assert_eq!(other.ends().reported(), None);
+    other.pause().unwrap();
+    assert!(!other.state(&[]).unwrap().cpus[0].msrs.is_empty());
+}
+
+#[test]
+fn registers_that_a_caller_names_are_kept_or_refused_by_name() {
+    // KVM_CLOCK's, which is on KVM's own list; and one that no CPU has.
+    const SYSTEM_TIME: u32 = 0x4b56_4d01;
+    const NONE: u32 = 0xdead_beef;
+    let Some(Guest { vm, .. }) = guest(|_| ()) else {
+        return;
+    };
+    let machine = vm.boot(&kernel(code!(guest_count))).unwrap();
+    machine.pause().unwrap();
+    let state = machine.state(&[SYSTEM_TIME]).unwrap();
+    let msrs = &state.cpus[0].msrs;
+    assert_eq!(msrs.iter().filter(|msr| msr.index == SYSTEM_TIME).count(), 1);
+    let refused = machine.state(&[NONE]).unwrap_err();
+    assert!(
+        matches!(refused, Error::MsrRead { index: NONE, cpu: 0 }),
+        "{refused}"
+    );
+    assert!(machine.state(&[7; 300]).is_err(), "too many");
+}
+
+#[test]
+fn interrupts_reach_a_machine_in_the_place_of_another() {
+    let Some(Guest { vm, reports }) = guest(|_| ()) else {
+        return;
+    };
+    let handler = (&raw const guest_interrupts_handler).addr() - (&raw const guest_interrupts).addr();
+    write_gate(&vm, PLACE + handler as u64);
+    let machine = vm.boot(&kernel(code!(guest_interrupts))).unwrap();
+    assert_eq!(next(&reports), b'r');
+    // Until it sleeps: its local APIC is set up then.
+    let message = MsiMessage {
+        address: 0xfee0_0000,
+        data: 0x40,
+    };
+    let vectors = machine.vm().interrupts().msi(1).unwrap();
+    vectors.update(0, message, false).unwrap();
+    vectors.trigger(0).unwrap();
+    assert_eq!(next(&reports), b'i');
+    machine.pause().unwrap();
+    // One that is on its way when the machine is kept arrives in both.
+    vectors.trigger(0).unwrap();
+    let (other, state) = moved(&machine, |_| ());
+    machine.resume();
+    assert_eq!(next(&reports), b'i');
+    let vectors = other.vm.interrupts().msi(1).unwrap();
+    vectors.update(0, message, false).unwrap();
+    let machine = other.vm.restore(&state).unwrap();
+    assert!(other.reports.try_recv().is_err(), "it stands still");
+    machine.resume();
+    assert_eq!(next(&other.reports), b'i');
+    vectors.trigger(0).unwrap();
+    assert_eq!(next(&other.reports), b'i');
+    assert_eq!(machine.ends().reported(), None);
 }
 
 #[test]

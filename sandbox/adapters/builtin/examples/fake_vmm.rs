@@ -162,6 +162,8 @@ fn answer(request: Request, mode: &str, disks: &mut Vec<String>) -> Reply {
             vcpus_max: 1,
             memory_mib: 64,
             disks: disks.clone(),
+            nics: Vec::new(),
+            pmems: Vec::new(),
             free_slots: 3,
             exits: Vec::new(),
         }),

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 /// A range of addresses of which parts are given out, first fit, aligned to a power of two.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
     range: Range<u64>,
     taken: BTreeMap<u64, u64>,

@@ -37,7 +37,7 @@ use super::{
     state::{DeviceState, SaveError},
     worker::{Host, Worker},
 };
-use crate::ports::ThreadKind;
+use crate::ports::{DeviceEvent, ThreadKind};
 use disk::Disk;
 use job::Job;
 use ring::Ring;
@@ -221,8 +221,7 @@ impl VirtioDevice for Block {
     }
 
     fn suspend(&mut self) -> Vec<ActiveQueue> {
-        let server = self.worker.take().and_then(Worker::stop);
-        let parts = server.map(Server::into_parts);
+        let parts = self.worker.take().and_then(Worker::stop).map(Server::into_parts);
         parts.map_or_else(Vec::new, |(queue, waiting)| {
             self.shelved = waiting;
             vec![queue]
@@ -238,10 +237,13 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        // Their driver has given up what waits.
-        self.shelved.clear();
-        if let Some(server) = self.worker.take().and_then(Worker::stop) {
-            server.give_up();
+        drop(self.suspend());
+        if !self.shelved.is_empty() {
+            // Their driver has given them up.
+            self.shelved.clear();
+            self.host.events.happened(DeviceEvent::DiskHasSpace {
+                disk: self.shared.serial(),
+            });
         }
     }
 }

@@ -257,8 +257,8 @@ impl Driven {
 
     /// The device goes on, if it was at work.
     pub(super) fn resume(&mut self) -> Consequence {
-        self.suspended = false;
-        if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
+        let was_suspended = std::mem::take(&mut self.suspended);
+        if !was_suspended || self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
             return Consequence::Nothing;
         }
         match self.activate() {

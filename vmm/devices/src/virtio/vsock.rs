@@ -29,6 +29,7 @@ use std::{
 use virtio_queue::{Queue, QueueOwnedT, QueueT, Reader, Writer};
 use vm_memory::{GuestMemory, bitmap::BitmapSlice};
 
+pub use backend::VsockDialer;
 pub use connection::BUFFER_BYTES;
 pub use device::VsockDevice;
 pub use muxer::MAX_CONNECTIONS;
@@ -84,6 +85,12 @@ impl Vsock {
             complaints: Complaints::new("vsock"),
             payload: Vec::new(),
         })
+    }
+
+    /// Reaches the guest's ports from inside of this process.
+    #[must_use]
+    pub fn dialer(&self) -> VsockDialer {
+        self.muxer.dialer()
     }
 
     /// Device configuration space: the guest's context id. Bytes outside of it read as zero.

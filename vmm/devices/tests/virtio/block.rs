@@ -16,6 +16,7 @@ use caisson_devices::{
             Block, BlockConfig, BlockHandle, DiskError, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZERO_SECTORS,
             SECTOR,
         },
+        state::SaveError,
     },
 };
 use nix::{
@@ -404,6 +405,14 @@ fn full_disk(asynchronous: bool) {
     assert_eq!(driver.wait_used(0), (20, 4097));
     assert_eq!(driver.bytes(DATA + 0x1000, 4096), [3; 4096]);
     assert_eq!(driver.used(0), None);
+    // What waits goes on waiting after a pause, and cannot be kept meanwhile.
+    driver.function.suspend();
+    let refused = driver.function.state().unwrap_err();
+    assert!(
+        matches!(&refused, SaveError::Waiting(disk) if disk == "caisson-0"),
+        "{refused}"
+    );
+    driver.function.resume();
     // There is space again: both finish, in order.
     ballast.set_len(0).unwrap();
     assert_eq!(driver.wait_used(0), (0, 1));

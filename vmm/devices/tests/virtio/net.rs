@@ -344,6 +344,9 @@ fn the_kernel_serves_what_it_is_given_and_follows_the_memory() {
             let to_host = frame(bytes);
             send(&mut driver, TX, &to_host);
             assert_eq!(heard(&driver, &wire), to_host);
+            // The kernel lets go of its rings, and takes them up where it was.
+            driver.function.suspend();
+            driver.function.resume();
         }
     }
     // From memory that was not there when the device began.

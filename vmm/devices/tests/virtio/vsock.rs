@@ -164,3 +164,37 @@ fn a_connection_outlives_a_pause_and_a_guest_that_moves_hears_that_its_are_gone(
     );
     assert_eq!(driver.used(EVENTS), None);
 }
+
+#[test]
+fn this_process_reaches_a_port_of_the_guest_without_a_name_to_connect_to() {
+    let machine = Machine::new();
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("vsock")).unwrap();
+    let device = VsockDevice::new(CID, listener, machine.host()).unwrap();
+    let dialer = device.dialer();
+    let mut driver = machine.plug(Box::new(device));
+    // Before there is a guest, and after.
+    let mut first = dialer.dial(1020).unwrap();
+    driver.start(0, 256);
+    offer_rx(&mut driver);
+    for (mut host, accepts) in [
+        (first.try_clone().unwrap(), true),
+        (dialer.dial(1020).unwrap(), false),
+    ] {
+        let (request, _) = receive(&mut driver);
+        assert_eq!((request.op, request.dst_port), (Op::Request as u16, 1020));
+        let answer = if accepts { Op::Response } else { Op::Reset };
+        send(&mut driver, &packet(answer, 1020, request.src_port, 0), &[]);
+        let mut said = Vec::new();
+        let expected = format!("OK {}\n", request.src_port);
+        if accepts {
+            said.resize(expected.len(), 0);
+            host.read_exact(&mut said).unwrap();
+            assert_eq!(said, expected.as_bytes());
+        } else {
+            assert_eq!(host.read_to_end(&mut said).unwrap(), 0, "nobody listens");
+        }
+    }
+    driver.reset();
+    assert_eq!(first.read(&mut [0]).unwrap(), 0);
+}

@@ -82,21 +82,20 @@ impl Server {
     /// Takes over what waited for space before.
     pub(super) fn go_on_waiting(&mut self, waiting: VecDeque<Job>) {
         self.waiting = waiting;
-        self.begin_to_wait(0);
+        if !self.waiting.is_empty() {
+            self.retry_later();
+        }
+    }
+
+    fn retry_later(&mut self) {
+        if let Err(e) = self.retry.reset(RETRY, Some(RETRY)) {
+            self.complaints.say(format_args!("cannot wait for space: {e}"));
+        }
     }
 
     /// The queue as far as it has been served, and what waits for space.
     pub(super) fn into_parts(self) -> (ActiveQueue, VecDeque<Job>) {
         (self.queue, self.waiting)
-    }
-
-    /// What waits is nobody's any more.
-    pub(super) fn give_up(self) {
-        if !self.waiting.is_empty() {
-            self.host.events.happened(DeviceEvent::DiskHasSpace {
-                disk: self.shared.serial(),
-            });
-        }
     }
 
     fn serve_queue(&mut self, memory: &Arc<GuestMemoryMmap>) {
@@ -152,9 +151,7 @@ impl Server {
         if already > 0 || self.waiting.is_empty() {
             return;
         }
-        if let Err(e) = self.retry.reset(RETRY, Some(RETRY)) {
-            self.complaints.say(format_args!("cannot wait for space: {e}"));
-        }
+        self.retry_later();
         self.host.events.happened(DeviceEvent::DiskFull {
             disk: self.shared.serial(),
         });

@@ -1,14 +1,18 @@
 //! The host's side: a listening Unix socket, and the line `CONNECT <port>\n` with which a connection begins.
 
 use std::{
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{
         fd::{AsRawFd, RawFd},
         unix::net::{UnixListener, UnixStream},
     },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::{EFD_NONBLOCK, EventFd},
+};
 
 /// Longest command, without its newline: `CONNECT 4294967295`.
 const MAX_COMMAND: usize = 18;
@@ -28,11 +32,40 @@ pub(crate) enum HostEvent {
     Socket { local_port: u32, ready: EventSet },
 }
 
+/// Connections that this process makes itself: it has no name to connect to.
+#[derive(Debug)]
+struct Inside {
+    streams: Mutex<Vec<UnixStream>>,
+    /// Rings when one was added.
+    event: EventFd,
+}
+
+/// Reaches ports of the guest from inside of the process.
+#[derive(Debug, Clone)]
+pub struct VsockDialer(Arc<Inside>);
+
+impl VsockDialer {
+    /// A connection that asks for this port; the first thing to read from it is `OK <port>\n`, or its end if nobody listens there.
+    pub fn dial(&self, port: u32) -> io::Result<UnixStream> {
+        let (mut ours, theirs) = UnixStream::pair()?;
+        ours.write_all(format!("CONNECT {port}\n").as_bytes())?;
+        theirs.set_nonblocking(true)?;
+        lock(&self.0.streams).push(theirs);
+        self.0.event.write(1)?;
+        Ok(ours)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The listener, and what waits for all sockets. Sockets are watched edge-triggered: an event is remembered by its connection, so
 /// that one without buffers or credit costs nothing while it waits; and a listener that cannot accept does not make the loop spin.
 #[derive(Debug)]
 pub(crate) struct HostSide {
     listener: UnixListener,
+    inside: VsockDialer,
     epoll: Epoll,
 }
 
@@ -45,11 +78,29 @@ impl HostSide {
             listener.as_raw_fd(),
             EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER),
         )?;
-        Ok(Self { listener, epoll })
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        epoll.ctl(
+            ControlOperation::Add,
+            event.as_raw_fd(),
+            EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER),
+        )?;
+        let streams = Mutex::default();
+        Ok(Self {
+            listener,
+            inside: VsockDialer(Arc::new(Inside { streams, event })),
+            epoll,
+        })
+    }
+
+    pub(crate) fn dialer(&self) -> VsockDialer {
+        self.inside.clone()
     }
 
     /// The next connection, if one waits.
     pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
+        if let Some(stream) = lock(&self.inside.0.streams).pop() {
+            return Ok(Some(stream));
+        }
         match self.listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(true)?;

@@ -5,7 +5,7 @@ use std::{io, os::unix::net::UnixListener};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use super::{Progress, RX_QUEUE, TX_QUEUE, Vsock, VsockError};
+use super::{Progress, RX_QUEUE, TX_QUEUE, Vsock, VsockDialer, VsockError};
 use crate::{
     ports::{GuestRam, ThreadKind},
     virtio::{
@@ -34,6 +34,7 @@ const TRANSPORT_RESET: u32 = 0;
 pub struct VsockDevice {
     host: Host,
     guest_cid: u64,
+    dialer: VsockDialer,
     /// Here while nothing runs.
     idle: Option<Vsock>,
     /// The guest has connections of which nothing is here: it has to hear of it.
@@ -44,13 +45,23 @@ pub struct VsockDevice {
 impl VsockDevice {
     /// A device whose host side listens on `listener`.
     pub fn new(guest_cid: u64, listener: UnixListener, host: Host) -> Result<Self, VsockError> {
+        let vsock = Vsock::new(guest_cid, listener)?;
         Ok(Self {
             host,
             guest_cid,
-            idle: Some(Vsock::new(guest_cid, listener)?),
+            dialer: vsock.dialer(),
+            idle: Some(vsock),
             moved: false,
             worker: None,
         })
+    }
+}
+
+impl VsockDevice {
+    /// Reaches the guest's ports from inside of this process.
+    #[must_use]
+    pub fn dialer(&self) -> VsockDialer {
+        self.dialer.clone()
     }
 }
 

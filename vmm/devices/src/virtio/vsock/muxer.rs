@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 use crate::complaints::Complaints;
 
 use super::{
-    backend::{HostEvent, HostSide},
+    backend::{HostEvent, HostSide, VsockDialer},
     connection::Connection,
     packet::{HOST_CID, Header, Op, STREAM},
 };
@@ -60,6 +60,10 @@ impl Muxer {
             is_waiting: HashSet::new(),
             refusals: VecDeque::new(),
         })
+    }
+
+    pub(crate) fn dialer(&self) -> VsockDialer {
+        self.host.dialer()
     }
 
     pub(crate) fn len(&self) -> usize {
