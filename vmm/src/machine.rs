@@ -237,6 +237,7 @@ impl Places {
                 Arc::clone(&console) as _,
             )
             .map_err(|e| BuildError::Bus("serial port", e))?;
+        let log = Arc::new(Log::default());
         let root = Arc::new(PciRoot::new(Window::new(layout::PCI_WINDOW), vm.mmio()));
         let config = vm.mirror_config(Arc::new(Ecam::new(Arc::clone(&root))))?;
         Ok(Self {
@@ -246,11 +247,11 @@ impl Places {
                 memory: vm.memory(),
                 interrupts: vm.interrupts(),
                 doorbells: vm.doorbells(),
-                events: Arc::new(Log),
+                events: Arc::clone(&log) as _,
             },
             host: virtio::Host {
                 threads: Arc::clone(maker) as _,
-                events: Arc::new(Log),
+                events: log,
             },
             console,
             memory: Arc::new(FollowedMemory::new(vm.memory_control(), vm.memory())),

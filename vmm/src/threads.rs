@@ -13,7 +13,10 @@ use std::{
 };
 
 use caisson_confinement::{Filters, ThreadKind};
-use caisson_devices::ports::{self, DeviceEvent, Events, Threads};
+use caisson_devices::{
+    complaints::Complaints,
+    ports::{self, DeviceEvent, Events, Threads},
+};
 
 /// What a new thread does.
 type Work = Box<dyn FnOnce() + Send>;
@@ -96,12 +99,20 @@ impl Threads for Maker {
     }
 }
 
-/// Writes what devices tell into the VM's log, which the daemon bounds.
-#[derive(Debug, Default)]
-pub(crate) struct Log;
+/// Writes what devices tell into the VM's log. A guest may have a hand in it: who starts a device that cannot start, again and again, gives cause
+/// each time. So there are not many lines of it.
+#[derive(Debug)]
+pub(crate) struct Log(Mutex<Complaints>);
+
+impl Default for Log {
+    fn default() -> Self {
+        Self(Mutex::new(Complaints::new("caisson-vmm")))
+    }
+}
 
 impl Events for Log {
     fn happened(&self, event: DeviceEvent) {
-        eprintln!("caisson-vmm: {event}");
+        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        log.say(format_args!("{event}"));
     }
 }

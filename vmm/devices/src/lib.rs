@@ -5,7 +5,7 @@
 //! every size that the guest chooses.
 
 pub mod bus;
-mod complaints;
+pub mod complaints;
 pub mod followed_memory;
 pub mod i8042;
 pub mod pci;
