@@ -1,8 +1,8 @@
-//! Where the agent can be reached: three privileged vsock ports, opened before any container exists, for the host alone.
+//! Where the agent can be reached: four privileged vsock ports, opened before any container exists, for the host alone.
 
 use std::{io, sync::Arc};
 
-use caisson_agent_api::{FILES_PORT, RPC_PORT, STREAM_PORT};
+use caisson_agent_api::{FILES_PORT, POWER_PORT, RPC_PORT, STREAM_PORT};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
@@ -36,6 +36,11 @@ impl Listener {
     /// The port of shared volumes.
     pub(crate) fn files() -> io::Result<Self> {
         Self::vsock(FILES_PORT)
+    }
+
+    /// The port of the power button.
+    pub(crate) fn power() -> io::Result<Self> {
+        Self::vsock(POWER_PORT)
     }
 
     fn vsock(port: u32) -> io::Result<Self> {

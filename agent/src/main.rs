@@ -36,6 +36,7 @@ mod network;
 mod output;
 mod own_devices;
 mod pod_volumes;
+mod power;
 mod process;
 mod release;
 mod remove;

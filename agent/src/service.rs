@@ -26,7 +26,7 @@ use crate::{
     guest::Guest,
     hello,
     listen::{Connection, Listener},
-    release, remove, shared, signal, start, stats, streams, terminal, update, volumes, wait,
+    power, release, remove, shared, signal, start, stats, streams, terminal, update, volumes, wait,
 };
 
 /// Most threads that wait for the kernel at a time.
@@ -54,26 +54,34 @@ pub(crate) fn main(mut arguments: impl Iterator<Item = String>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let error = runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let first = arguments.next();
-        let listeners = match listeners(first.as_deref(), arguments.next().as_deref()) {
-            Ok(listeners) => listeners,
-            Err(error) => return error,
-        };
+        let listeners = listeners(first.as_deref(), arguments.next().as_deref())?;
         let kernel_nanos = first.and_then(|nanos| nanos.parse().ok()).unwrap_or(0);
         let guest = Arc::new(Guest::new(kernel_nanos, clock::boot_nanos()));
-        serve(guest, listeners).await;
-        std::io::Error::other("all listeners ended")
+        serve(guest, listeners).await
     });
-    complain(&format!("listening: {error}"));
-    ExitCode::FAILURE
+    // Work that waits for the kernel is not waited for.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&format!("listening: {error}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
-/// For verbs, stdio, and shared volumes.
-type Listeners = (Listener, Listener, Listener);
+/// For verbs, stdio, shared volumes, and the power button.
+type Listeners = (Listener, Listener, Listener, Listener);
 
 fn vsock_listeners() -> std::io::Result<Listeners> {
-    Ok((Listener::rpc()?, Listener::streams()?, Listener::files()?))
+    Ok((
+        Listener::rpc()?,
+        Listener::streams()?,
+        Listener::files()?,
+        Listener::power()?,
+    ))
 }
 
 /// A hundred exec sessions need nearly the thousand that the kernel gives PID 1. Containers get limits of their own.
@@ -104,12 +112,17 @@ fn listeners(first: Option<&str>, second: Option<&str>) -> std::io::Result<Liste
             Listener::unix(&format!("{path}.rpc"))?,
             Listener::unix(&format!("{path}.streams"))?,
             Listener::unix(&format!("{path}.files"))?,
+            Listener::unix(&format!("{path}.power"))?,
         )),
         _ => vsock_listeners(),
     }
 }
 
-async fn serve(guest: Arc<Guest>, (rpc, stream, files): Listeners) {
+/// Returns when the host wants the guest to end, and everything in it has.
+async fn serve(guest: Arc<Guest>, (rpc, stream, files, button): Listeners) -> std::io::Result<()> {
+    let pressed = Arc::new(tokio::sync::Notify::new());
+    let presses = Arc::clone(&pressed);
+    let presses = button.run(Arc::new(move |_| presses.notify_one()));
     let service = agent_server::AgentServer::new(Service {
         guest: Arc::clone(&guest),
     })
@@ -123,7 +136,7 @@ async fn serve(guest: Arc<Guest>, (rpc, stream, files): Listeners) {
         // An error is a broken connection: the daemon knows, and comes again.
         tokio::spawn(async move { served.await.is_ok() });
     }));
-    let sharing = Arc::clone(&guest);
+    let (sharing, ending) = (Arc::clone(&guest), Arc::clone(&guest));
     let copies = stream.run(Arc::new(move |connection| {
         let guest = Arc::clone(&guest);
         tokio::spawn(async move { streams::serve(guest, connection).await.is_ok() });
@@ -132,7 +145,10 @@ async fn serve(guest: Arc<Guest>, (rpc, stream, files): Listeners) {
         let guest = Arc::clone(&sharing);
         tokio::spawn(async move { shared::accept(guest, connection).await.is_ok() });
     }));
-    tokio::join!(calls, copies, volumes);
+    let all = async { tokio::join!(calls, copies, volumes, presses) };
+    power::until_pressed(&pressed, &ending, all)
+        .await
+        .map_err(|()| std::io::Error::other("all listeners ended"))
 }
 
 /// Lets hyper start tasks on this runtime.

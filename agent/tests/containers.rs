@@ -36,6 +36,20 @@ async fn a_container_runs_and_its_words_and_exit_code_arrive() {
 }
 
 #[tokio::test]
+async fn the_power_button_ends_containers_and_then_the_agent() {
+    let mut agent = agent!(ready);
+    let polite = "trap 'echo bye; sleep 0.5; exit 0' TERM; echo up; while :; do sleep 0.1; done";
+    agent.create("c", shell(polite)).await.unwrap();
+    agent.start_container("c").await.unwrap();
+    agent.create("idle", shell("true")).await.unwrap();
+    let (mut stdout, _) = agent.open("c", "", Kind::Stdout, 0).await;
+    read_until(&mut stdout, "up").await;
+    agent.press_power().await;
+    read_until(&mut stdout, "bye").await;
+    agent.gone().await;
+}
+
+#[tokio::test]
 async fn hello_tells_who_answers_and_whether_it_is_configured() {
     let mut agent = agent!(start);
     let before = agent

@@ -19,6 +19,9 @@ pub mod v1 {
 /// Version of this protocol, answered by `Hello`.
 pub const PROTOCOL: u32 = 1;
 
+/// vsock port that is the guest's power button: a connection of the host's asks it to end, and needs no words.
+pub const POWER_PORT: u32 = 1020;
+
 /// vsock port of the gRPC service. Below 1024, so that only the agent, who holds CAP_NET_BIND_SERVICE, can listen there.
 pub const RPC_PORT: u32 = 1021;
 

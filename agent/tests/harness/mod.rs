@@ -13,7 +13,7 @@ use std::{
 };
 
 use caisson_agent_api::{
-    RPC_PORT, STREAM_PORT,
+    POWER_PORT, RPC_PORT, STREAM_PORT,
     stream::{self, Kind, Open, Outcome, Reply},
     v1::{self, agent_client::AgentClient},
 };
@@ -33,10 +33,10 @@ pub(crate) struct Agent {
     _host: Box<dyn std::any::Any + Send>,
 }
 
-/// How the agent's two ports are reached.
+/// How the agent's ports are reached.
 #[derive(Debug, Clone)]
 pub(crate) enum Sockets {
-    /// Files of this name with `.rpc` and `.streams`.
+    /// Files of this name with `.rpc`, `.streams` and `.power`.
     Files(PathBuf),
     /// Ports behind the VM's hybrid vsock socket.
     Hybrid(PathBuf),
@@ -46,7 +46,11 @@ impl Sockets {
     pub(crate) async fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
         match self {
             Self::Files(path) => {
-                let name = if port == RPC_PORT { "rpc" } else { "streams" };
+                let name = match port {
+                    RPC_PORT => "rpc",
+                    POWER_PORT => "power",
+                    _ => "streams",
+                };
                 UnixStream::connect(path.with_extension(name)).await
             }
             Self::Hybrid(path) => {
@@ -193,6 +197,16 @@ impl Agent {
         let mut agent = Self::start().await?;
         agent.client.configure_sandbox(sandbox()).await.unwrap();
         Some(agent)
+    }
+
+    /// Presses the guest's power button.
+    pub(crate) async fn press_power(&self) {
+        self.sockets.connect(POWER_PORT).await.unwrap();
+    }
+
+    /// Waits until nobody listens any more.
+    pub(crate) async fn gone(&self) {
+        wait_for(async || self.sockets.connect(RPC_PORT).await.is_err()).await;
     }
 
     pub(crate) async fn create(&mut self, id: &str, spec: v1::ContainerSpec) -> Result<(), tonic::Status> {
