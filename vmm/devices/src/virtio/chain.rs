@@ -207,3 +207,102 @@ impl<'m> Buffers<'m> {
         Ok(buffers)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::{GuestAddress, GuestMemory};
+
+    use super::*;
+
+    /// What is done to pieces.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Take(usize),
+        TakeAllBut(usize),
+        Read(usize),
+        Write(Vec<u8>),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0usize..80).prop_map(Step::Take),
+            (0usize..80).prop_map(Step::TakeAllBut),
+            (0usize..80).prop_map(Step::Read),
+            prop::collection::vec(any::<u8>(), 0..80).prop_map(Step::Write),
+        ]
+    }
+
+    fn bytes_of(pieces: &Pieces<'_>) -> Vec<u8> {
+        let mut bytes = vec![0; pieces.len()];
+        assert!(pieces.clone().read(&mut bytes));
+        assert_eq!(pieces.iter().map(VolatileSlice::len).sum::<usize>(), bytes.len());
+        let vectors = pieces.iovecs();
+        assert_eq!(
+            vectors.iter().map(|vector| vector.iov_len).sum::<usize>(),
+            bytes.len()
+        );
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_a_sequence_of_bytes_however_it_is_cut(
+            lengths in prop::collection::vec(1usize..40, 0..8),
+            steps in prop::collection::vec(step(), 0..12),
+        ) {
+            let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+            let mut pieces = Pieces::default();
+            let mut model = Vec::new();
+            // Apart from each other, so that nothing leaks from one into the next.
+            for (place, length) in (0u64..).step_by(64).zip(&lengths) {
+                for slice in GuestMemory::get_slices(&memory, GuestAddress(place), *length, Permissions::Read).unwrap() {
+                    let slice = slice.unwrap();
+                    let content: Vec<u8> = (0..slice.len()).map(|at| (place as usize + at * 7) as u8).collect();
+                    slice.copy_from(&content);
+                    model.extend(content);
+                    pieces.push(slice);
+                }
+            }
+            pieces.pieces.reverse();
+            for step in steps {
+                prop_assert_eq!(bytes_of(&pieces), model.as_slice());
+                match step {
+                    Step::Take(count) => match pieces.take(count) {
+                        Some(taken) => {
+                            let rest = model.split_off(count);
+                            prop_assert_eq!(bytes_of(&taken), std::mem::replace(&mut model, rest));
+                        }
+                        None => prop_assert!(count > model.len()),
+                    },
+                    Step::TakeAllBut(count) => match pieces.take_all_but(count) {
+                        Some(taken) => {
+                            let rest = model.split_off(model.len() - count);
+                            prop_assert_eq!(bytes_of(&taken), std::mem::replace(&mut model, rest));
+                        }
+                        None => prop_assert!(count > model.len()),
+                    },
+                    Step::Read(count) => {
+                        let mut bytes = vec![0; count];
+                        let whole = pieces.read(&mut bytes);
+                        prop_assert_eq!(whole, count <= model.len());
+                        if whole {
+                            let rest = model.split_off(count);
+                            prop_assert_eq!(bytes, std::mem::replace(&mut model, rest));
+                        }
+                    }
+                    Step::Write(bytes) => {
+                        let target = pieces.clone();
+                        let whole = pieces.write(&bytes);
+                        prop_assert_eq!(whole, bytes.len() <= model.len());
+                        if whole {
+                            drop(model.drain(..bytes.len()));
+                            prop_assert_eq!(&bytes_of(&target)[..bytes.len()], bytes.as_slice());
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

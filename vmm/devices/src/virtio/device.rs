@@ -285,3 +285,116 @@ pub(crate) fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
         *slot = *byte;
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+
+    use super::*;
+    use crate::{
+        pci::Msix,
+        ports::{MsiMessage, MsiVectors},
+    };
+
+    struct Silent;
+
+    impl MsiVectors for Silent {
+        fn update(&self, _index: u16, _message: MsiMessage, _masked: bool) -> io::Result<()> {
+            Ok(())
+        }
+        fn trigger(&self, _index: u16) -> io::Result<()> {
+            Ok(())
+        }
+        fn eventfd(&self, _index: u16) -> io::Result<EventFd> {
+            EventFd::new(0)
+        }
+    }
+
+    const DESCRIPTORS: u64 = 0;
+    const AVAILABLE: u64 = 0x4000;
+    const USED: u64 = 0x6000;
+
+    proptest! {
+        /// From any index, over the end of its 16 bits, and with a worker that holds, keeps or gives back as it likes.
+        #[test]
+        fn each_chain_is_seen_in_order_and_given_back_once_wherever_the_index_is(
+            bits in 0u32..9,
+            start in prop_oneof![Just(0u16), Just(u16::MAX - 3), any::<u16>()],
+            rounds in prop::collection::vec((1u16..300, any::<u64>()), 1..6),
+        ) {
+            let size = 1u16 << bits;
+            let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+            let mut queue = Queue::new(256).unwrap();
+            queue.set_size(size);
+            queue.set_desc_table_address(Some(DESCRIPTORS as u32), Some(0));
+            queue.set_avail_ring_address(Some(AVAILABLE as u32), Some(0));
+            queue.set_used_ring_address(Some(USED as u32), Some(0));
+            queue.set_next_avail(start);
+            queue.set_next_used(start);
+            queue.set_ready(true);
+            prop_assert!(queue.is_valid(&memory));
+            let mut queue = ActiveQueue { index: 0, queue, kick: EventFd::new(0).unwrap() };
+            let interrupt = Interrupt::new(Arc::new(Msix::new(Arc::new(Silent), 1)), 1);
+            for head in 0..size {
+                let raw = RawDescriptor::from(Descriptor::new(0x8000, 16, 0, 0));
+                memory.write_obj(raw, GuestAddress(DESCRIPTORS + 16 * u64::from(head))).unwrap();
+            }
+            memory.store(start, GuestAddress(USED + 2), Ordering::SeqCst).unwrap();
+            let slot = |ring: u64, each: u64, index: u16| GuestAddress(ring + 4 + each * u64::from(index % size));
+            let (mut offered, mut seen, mut returned) = (start, start, start);
+            for (many, choices) in rounds {
+                // No more than the ring holds.
+                let room = size - offered.wrapping_sub(returned);
+                for _ in 0..many.min(room) {
+                    memory.write_obj(offered % size, slot(AVAILABLE, 2, offered)).unwrap();
+                    offered = offered.wrapping_add(1);
+                }
+                memory.store(offered, GuestAddress(AVAILABLE + 2), Ordering::SeqCst).unwrap();
+                let (mut kept, mut turn) = (Vec::new(), 0u32);
+                let served = queue.serve(&memory, &interrupt, |head, _| {
+                    let choice = choices.rotate_right(2 * turn) & 3;
+                    turn += 1;
+                    assert_eq!(head, seen % size, "in order");
+                    if choice == 3 {
+                        return Outcome::NotNow;
+                    }
+                    seen = seen.wrapping_add(1);
+                    if choice == 2 {
+                        kept.push(head);
+                        return Outcome::Kept;
+                    }
+                    Outcome::Used(7)
+                });
+                for head in kept {
+                    queue.give_back(&memory, head, 9);
+                }
+                let used: u16 = memory.load(GuestAddress(USED + 2), Ordering::SeqCst).unwrap();
+                prop_assert_eq!(used, seen, "what was seen is given back, and nothing else");
+                let mut heads: Vec<u32> = Vec::new();
+                while returned != used {
+                    let at = slot(USED, 8, returned);
+                    heads.push(memory.read_obj(at).unwrap());
+                    returned = returned.wrapping_add(1);
+                }
+                let all = heads.len();
+                heads.sort_unstable();
+                heads.dedup();
+                prop_assert_eq!(heads.len(), all, "none twice");
+                if served == Served::All {
+                    prop_assert_eq!(seen, offered);
+                }
+                prop_assert_eq!(queue.queue.next_avail(), seen);
+            }
+            // At last everything is.
+            queue.serve(&memory, &interrupt, |_, _| {
+                seen = seen.wrapping_add(1);
+                Outcome::Used(0)
+            });
+            prop_assert_eq!(seen, offered);
+        }
+    }
+}
