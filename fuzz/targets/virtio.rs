@@ -4,14 +4,19 @@
 #[path = "../../vmm/devices/tests/machine/mod.rs"]
 #[allow(dead_code, reason = "each target uses its part")]
 mod machine;
+#[path = "../../vmm/devices/tests/virtio/wire.rs"]
+#[allow(dead_code, reason = "each target uses its part")]
+mod wire;
 
-use std::{fs::File, os::unix::net::UnixListener};
+use std::{fs::File, os::unix::net::UnixListener, sync::OnceLock};
 
 use caisson_devices::virtio::{
     VirtioDevice,
     balloon::Balloon,
     block::{Block, BlockConfig},
     mem::{Layout, Mem},
+    net::{Net, NetConfig},
+    pmem::{ALIGNMENT, Pmem, PmemConfig},
     rng::Rng,
     vsock::VsockDevice,
 };
@@ -27,15 +32,29 @@ const RING_BYTES: u64 = 0x2_0000;
 /// Bytes of one step.
 const STEP: usize = 16;
 
+fn file(bytes: u64) -> File {
+    let file = File::from(memfd_create("file", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(bytes).unwrap();
+    file
+}
+
+/// A tap in a network of its own, made once: taps take long to go. None where that is not allowed.
+fn tap() -> Option<File> {
+    static TAP: OnceLock<Option<File>> = OnceLock::new();
+    let make = || {
+        let queues = wire::enter_namespace().then(|| wire::queues(1, libc::IFF_VNET_HDR));
+        queues?.ok()?.pop()
+    };
+    TAP.get_or_init(make).as_ref()?.try_clone().ok()
+}
+
 fn device(kind: u8, machine: &Machine, dir: &tempfile::TempDir) -> Box<dyn VirtioDevice> {
-    match kind % 5 {
+    match kind % 7 {
         0 => Box::new(Rng::new(machine.host())),
         1 => Box::new(Balloon::new(machine.host()).0),
         2 => {
-            let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).unwrap());
-            file.set_len(DISK).unwrap();
             let config = BlockConfig {
-                files: vec![file],
+                files: vec![file(DISK)],
                 read_only: kind & 0x80 != 0,
                 serial: "fuzz".into(),
                 block_bytes: 512,
@@ -52,6 +71,24 @@ fn device(kind: u8, machine: &Machine, dir: &tempfile::TempDir) -> Box<dyn Virti
             let (device, handle) = Mem::new(layout, machine.slots(), machine.host()).unwrap();
             handle.request(32 << 20).unwrap();
             Box::new(device)
+        }
+        4 => {
+            let config = PmemConfig {
+                file: file(ALIGNMENT),
+                address: 1 << 32,
+                read_only: kind & 0x80 != 0,
+            };
+            Box::new(Pmem::new(config, machine.slots(), machine.host()).unwrap())
+        }
+        5 if tap().is_some() => {
+            let Some(tap) = tap() else { unreachable!("it is there") };
+            let config = NetConfig {
+                taps: vec![tap],
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: 1500,
+                offloads: true,
+            };
+            Box::new(Net::new(config, machine.host()).unwrap())
         }
         _ => {
             let listener = UnixListener::bind(dir.path().join("vsock")).unwrap();
@@ -72,7 +109,7 @@ fuzz_target!(|data: &[u8]| {
         let number = u64::from_le_bytes(step[8..16].try_into().unwrap());
         let offset = u64::from(u16::from_le_bytes([step[2], step[3]]));
         let queue = u64::from(step[1]) % queues;
-        match step[0] % 8 {
+        match step[0] % 9 {
             // Descriptors, rings and indices, and what they point to.
             0 | 1 => driver.fill(RINGS + RING_BYTES * queue + offset, &step[8..16]),
             2 => {
@@ -84,6 +121,12 @@ fuzz_target!(|data: &[u8]| {
             4 | 5 => driver.kick(u16::try_from(queue).unwrap_or_default()),
             6 => {
                 machine.mmio.write(driver.bar + offset % 0x3000, &step[8..8 + 1 + usize::from(step[4] & 7)]);
+            }
+            // The machine is paused, looked at, and goes on.
+            7 => {
+                driver.function.suspend();
+                assert!(driver.function.state().is_ok());
+                driver.function.resume();
             }
             _ => {
                 let mut bytes = [0; 8];
