@@ -48,8 +48,8 @@ extern "C" fn attend(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
     // A cell of a plain pointer is never destroyed, so this does not fail.
     let flag = IMMEDIATE_EXIT.try_with(Cell::get).unwrap_or(ptr::null_mut());
     if !flag.is_null() {
-        // SAFETY: the thread has set it to a byte of its vCPU's shared page, and sets it to null before it lets go of the vCPU; the
-        // handler runs on the same thread. The write is one byte, and volatile, since KVM is its reader.
+        // SAFETY: the thread has set it to a byte of its vCPU's shared page, and sets it to null before `run` returns, until when its caller
+        // keeps the vCPU; the handler runs on the same thread. The write is one byte, and volatile, since KVM is its reader.
         unsafe { flag.write_volatile(1) };
     }
 }

@@ -21,6 +21,7 @@ use rustix::{
     fs::{MemfdFlags, SealFlags},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
     pipe::{PipeFlags, pipe_with},
+    process::{Resource, getrlimit},
 };
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
@@ -192,6 +193,19 @@ fn check(spec: &VmSpec, paths: &Paths) -> Result<(), HypervisorError> {
     }
 }
 
+/// Descriptors of a VMM: a thousand connections of its vsock, a hundred devices with files and events, and as many again.
+const DESCRIPTORS_MAX: u64 = 16 << 10;
+
+/// What the process may have at most; nobody raises it again, as it has no capability to.
+fn limits() -> Vec<(u32, u64)> {
+    let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    vec![
+        // A dump would hold the guest's memory.
+        (libc::RLIMIT_CORE, 0),
+        (libc::RLIMIT_NOFILE, allowed.min(DESCRIPTORS_MAX)),
+    ]
+}
+
 type Start = (Process, Lines<BufReader<Receiver>>, Option<Lease>);
 
 /// Opens everything and starts the process.
@@ -199,8 +213,7 @@ fn start(driver: &Builtin, spec: VmSpec, paths: &Paths) -> Result<Start, Hypervi
     let user = driver.users.claim(&spec.id)?;
     let mut command = DetachedCommand::new(ProcessRole::Vmm, &spec.id, driver.vmm.clone(), paths.log.clone());
     command.cgroup = spec.cgroup.clone();
-    // They would hold the guest's memory.
-    command.rlimits = vec![(libc::RLIMIT_CORE, 0)];
+    command.rlimits = limits();
     let (hears, tells) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| io_error("make a pipe", e))?;
     let mut passed = Passed(Vec::new());
     let told = specification(driver, spec, paths, user.as_ref(), tells, &mut passed)?;

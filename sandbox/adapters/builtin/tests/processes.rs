@@ -108,6 +108,17 @@ async fn a_vm_takes_disks_and_is_gone_after_a_kill() {
     assert_eq!((record.driver.as_str(), record.processes.len()), ("builtin", 1));
     assert_eq!(bench.processes(), 1);
     assert!(vm.vsock().exists() && vm.console().exists());
+    let limits = fs::read_to_string(format!("/proc/{}/limits", record.processes[0].pid)).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        let numbers = line[name.len()..].split_ascii_whitespace().take(2);
+        numbers
+            .map(|word| word.parse::<u64>().unwrap())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(limit("Max core file size"), [0, 0]);
+    let files = limit("Max open files");
+    assert!(files[0] == files[1] && files[0] <= 16 << 10, "{files:?}");
     vm.attach(bench.disk("one")).await.unwrap();
     vm.attach(bench.disk("two")).await.unwrap();
     assert_eq!(vm.record().slots, [Some("one".into()), Some("two".into())]);
