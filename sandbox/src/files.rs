@@ -95,12 +95,16 @@ impl Tree<'_> {
     fn content(&mut self, path: &Path, depth: usize) -> Result<Vec<u8>, SandboxError> {
         let failed = || SandboxError::io(format!("read {}", path.display()));
         let mut options = fs::OpenOptions::new();
-        options.read(true);
+        // What was a file a moment ago must not have become a pipe that nobody writes into, or a link out of the directory.
+        let mut flags = rustix::fs::OFlags::NONBLOCK;
         if depth > 0 {
-            // What was a file a moment ago must not have become a link out of the directory.
-            options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+            flags |= rustix::fs::OFlags::NOFOLLOW;
         }
+        options.read(true).custom_flags(flags.bits().cast_signed());
         let file = options.open(path).map_err(failed())?;
+        if !file.metadata().map_err(failed())?.is_file() {
+            return Err(self.refused(format!("{} is no file any more", path.display())));
+        }
         let room = MAX_VOLUME_BYTES - self.bytes;
         let mut content = Vec::new();
         let limit = u64::try_from(room).unwrap_or(u64::MAX).saturating_add(1);

@@ -1,7 +1,15 @@
 //! CreateContainer: a container in a running pod, not yet started. A retry joins the call that runs.
 
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
 use caisson_cri_api::v1;
-use caisson_sandbox::view::SandboxView;
+use caisson_sandbox::{SandboxError, view::SandboxView};
 
 use super::service::id;
 use crate::{
@@ -10,6 +18,9 @@ use crate::{
     status::RpcError,
     translate::{self, MountImages, Refusals},
 };
+
+/// How long the host's file systems may take to say what the paths of volumes lead to; kubelet gives the whole call two minutes.
+const LOOK_LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) async fn handle(
     runtime: &Runtime,
@@ -46,13 +57,41 @@ pub(super) async fn handle(
     }
     resolve_target(runtime, &mut config, &view).await?;
     let pod = view.spec;
-    // Mounts are looked at on the host, where a dead NFS server may hold a thread.
+    host_answers(&config.mounts, LOOK_LIMIT).await?;
+    // Mounts are looked at on the host, which blocks.
     let spec = tokio::task::spawn_blocking(move || translate::container_spec(config, &pod, &image, &mounted))
         .await
         .map_err(|_| RpcError::TaskLost("read the request"))??;
     let id = runtime.sandboxes.create_container(&view.id.0, spec).await?;
     note("container.id", &id.0);
     Ok(v1::CreateContainerResponse { container_id: id.0 })
+}
+
+/// Finds out which volume is on a file system that does not answer, such as that of a dead NFS server: it holds up a thread, and not the
+/// call. What the paths lead to is decided later.
+async fn host_answers(mounts: &[v1::Mount], limit: Duration) -> Result<(), RpcError> {
+    let at = Arc::new(AtomicUsize::new(0));
+    let looking = tokio::task::spawn_blocking({
+        let (at, paths) = (at.clone(), mounts.iter().map(|mount| mount.host_path.clone()));
+        let paths: Vec<_> = paths.collect();
+        move || {
+            for (index, path) in paths.iter().enumerate() {
+                at.store(index, Ordering::Relaxed);
+                // An error is the same later on, and says more there.
+                drop(std::fs::metadata(path));
+            }
+        }
+    });
+    if tokio::time::timeout(limit, looking).await.is_ok() {
+        return Ok(());
+    }
+    let index = at.load(Ordering::Relaxed);
+    let volume = mounts.get(index).cloned().unwrap_or_default();
+    let what = format!(
+        "config.mounts[{index}].host_path: the look at {:?} for {}",
+        volume.host_path, volume.container_path
+    );
+    Err(SandboxError::Deadline { what, limit }.into())
 }
 
 /// Puts the whole id of the container whose PID namespace is wanted into the request; it must be one of this pod.

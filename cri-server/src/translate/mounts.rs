@@ -63,7 +63,10 @@ pub(super) fn mounts(
             Err(error) => {
                 refusals.add(
                     format!("{field}.host_path"),
-                    format!("cannot use {:?}: {error}", mount.host_path),
+                    format!(
+                        "cannot use {:?} for {}: {error}",
+                        mount.host_path, mount.container_path
+                    ),
                 );
                 continue;
             }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    os::unix::fs::FileTypeExt,
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::Path,
 };
 
@@ -24,7 +24,8 @@ pub fn check_serial(serial: &str) -> Result<(), HypervisorError> {
     }
 }
 
-/// Opens what is behind `disk`, in order, for writing only where the disk is writable.
+/// Opens what is behind `disk`, in order, for writing only where the disk is writable. A link at the end of a path is an error:
+/// whoever named it has resolved links, so one has been put there meanwhile.
 pub fn open(disk: &Disk) -> Result<Vec<File>, HypervisorError> {
     check_serial(&disk.serial)?;
     if !(1..=FILES_PER_DISK).contains(&disk.files.len()) {
@@ -60,6 +61,7 @@ fn open_one(path: &Path, read_only: bool) -> Result<File, HypervisorError> {
     let file = OpenOptions::new()
         .read(true)
         .write(!read_only)
+        .custom_flags(libc::O_NOFOLLOW)
         .open(path)
         .map_err(|e| io("open", e))?;
     let kind = file.metadata().map_err(|e| io("inspect", e))?.file_type();
@@ -100,5 +102,20 @@ mod tests {
         for bad in ["", "a,b", "a b", "ABCDEFGHIJ01234567890", "ä", "a=b"] {
             assert!(check_serial(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_link_in_place_of_a_disk_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = |name: &str| Disk {
+            serial: "one".into(),
+            path: dir.path().join(name),
+            read_only: false,
+        };
+        std::fs::write(dir.path().join("file"), "x").unwrap();
+        std::os::unix::fs::symlink("file", dir.path().join("link")).unwrap();
+        open(&disk("file")).unwrap();
+        assert!(open(&disk("link")).unwrap_err().to_string().contains("open disk"));
+        assert!(open(&disk(".")).is_err());
     }
 }

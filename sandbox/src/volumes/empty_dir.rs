@@ -1,7 +1,7 @@
 //! emptyDir on disk: a sparse ext4 image inside the volume's own host directory, where kubelet's accounting sees what it takes, and
 //! where kubelet removes it with the volume.
 
-use std::{fs, path::PathBuf};
+use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 use crate::{SandboxError, journal::absent_is_fine, scratch, volumes::host_path::HostPath};
 
@@ -9,21 +9,44 @@ use crate::{SandboxError, journal::absent_is_fine, scratch, volumes::host_path::
 const IMAGE: &str = ".caisson-volume.img";
 
 /// Makes the image unless it is there (the volume outlives a sandbox that had to be made anew). Blocking.
+///
+/// The directory is open to everybody, so what is there under the image's name is taken only when nobody else can have put it there.
 pub(crate) fn image(
     directory: &HostPath,
     root: &std::path::Path,
     bytes: u64,
 ) -> Result<PathBuf, SandboxError> {
     let image = directory.path.join(IMAGE);
-    if image.exists() {
-        return Ok(image);
+    match fs::symlink_metadata(&image) {
+        Ok(found)
+            if found.is_file()
+                && found.nlink() == 1
+                && found.uid() == rustix::process::geteuid().as_raw() =>
+        {
+            return Ok(image);
+        }
+        Ok(_) => {
+            return Err(SandboxError::Invalid {
+                what: format!("content of the emptyDir, {IMAGE},"),
+                reason: "it was not made by this daemon".into(),
+            });
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(SandboxError::io(format!("inspect {}", image.display()))(error)),
     }
     let unfinished = directory.path.join(format!("{IMAGE}.new"));
     absent_is_fine(fs::remove_file(&unfinished))
         .map_err(SandboxError::io(format!("delete {}", unfinished.display())))?;
-    scratch::copy(&scratch::template(root, bytes)?, &unfinished)?;
-    fs::rename(&unfinished, &image).map_err(SandboxError::io(format!("rename {}", unfinished.display())))?;
-    Ok(image)
+    let template = scratch::template(root, bytes)?;
+    let made = scratch::copy(&template, &unfinished).and_then(|()| {
+        fs::rename(&unfinished, &image).map_err(SandboxError::io(format!("rename {}", unfinished.display())))
+    });
+    if made.is_err()
+        && let Err(error) = absent_is_fine(fs::remove_file(&unfinished))
+    {
+        tracing::debug!(path = %unfinished.display(), %error, "unfinished disk of an emptyDir not removed");
+    }
+    made.map(|()| image)
 }
 
 #[cfg(test)]
@@ -44,5 +67,24 @@ mod tests {
             fs::read(image(&place, dir.path(), 64 << 20).unwrap()).unwrap(),
             b"used"
         );
+    }
+
+    #[test]
+    fn what_somebody_else_has_put_there_is_no_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = HostPath::resolve(dir.path()).unwrap();
+        fs::write(dir.path().join("secret"), "of the host").unwrap();
+        let image_path = dir.path().join(IMAGE);
+        let refused = || {
+            image(&place, dir.path(), 64 << 20)
+                .unwrap_err()
+                .to_string()
+                .contains(IMAGE)
+        };
+        std::os::unix::fs::symlink("secret", &image_path).unwrap();
+        assert!(refused());
+        fs::remove_file(&image_path).unwrap();
+        fs::hard_link(dir.path().join("secret"), &image_path).unwrap();
+        assert!(refused());
     }
 }

@@ -156,9 +156,9 @@ impl Volumes {
     }
 
     async fn one(&self, live: &Live, volume: &HostVolume) -> Result<guest::Mount, SandboxError> {
-        let (path, known) = blocking({
-            let (wanted, uid) = (volume.host_path.clone(), self.uid.clone());
-            move || look(&wanted, &uid)
+        let (path, known) = within(live, &volume.host_path, {
+            let uid = self.uid.clone();
+            move |wanted| look(wanted, &uid)
         })
         .await?;
         let is_empty_dir = matches!(&known, Some(known) if matches!(known.source, Source::EmptyDir(_)));
@@ -293,8 +293,7 @@ async fn block_device(
     id: &ContainerId,
     disk: &HostDisk,
 ) -> Result<guest::BlockDevice, SandboxError> {
-    let wanted = disk.host_path.clone();
-    let path = blocking(move || HostPath::resolve(&wanted)).await?;
+    let path = within(live, &disk.host_path, HostPath::resolve).await?;
     if path.kind != FileType::BlockDevice {
         return Err(SandboxError::Invalid {
             what: "block volume".into(),
@@ -318,6 +317,24 @@ async fn block_device(
         uid: path.uid,
         gid: path.gid,
     })
+}
+
+/// Looks at a path, but not forever: a file system whose server does not answer holds up a thread, not the caller.
+async fn within<T: Send + 'static>(
+    live: &Live,
+    path: &Path,
+    look: impl FnOnce(&Path) -> Result<T, SandboxError> + Send + 'static,
+) -> Result<T, SandboxError> {
+    let wanted = path.to_owned();
+    let looking = blocking(move || look(&wanted));
+    tokio::time::timeout(live.deadline, looking)
+        .await
+        .unwrap_or_else(|_| {
+            Err(SandboxError::Deadline {
+                what: format!("the look at {}", path.display()),
+                limit: live.deadline,
+            })
+        })
 }
 
 /// What is at a path, and what kubelet means by it. Blocking.
