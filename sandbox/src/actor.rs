@@ -6,7 +6,7 @@
 //! (`boot`, `undo`).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Weak},
 };
 
@@ -36,6 +36,9 @@ use crate::{
 
 /// Requests that may wait for a pod; more are refused.
 const MAILBOX: usize = 128;
+
+/// In a pod's information: the disks that wait for space on the host.
+const WAITING: &str = "disksWaitingForSpace";
 
 /// Events of one boot.
 const BOOT_EVENTS: usize = 8;
@@ -85,6 +88,8 @@ pub(crate) struct Actor {
     /// `None` while boot or clean-up has it.
     undo: Option<UndoStack>,
     vm: Option<Arc<dyn Vm>>,
+    /// Disks of the VM whose writes wait for space on the host.
+    full_disks: Option<watch::Receiver<BTreeSet<String>>>,
     /// The VM runs, but its agent has not answered yet.
     unheard: bool,
     pub(crate) live: Option<Live>,
@@ -169,6 +174,7 @@ impl Actor {
             why: remains.why,
             undo: Some(remains.undo),
             vm: None,
+            full_disks: None,
             unheard: remains.vm.is_some() && remains.live.is_none(),
             live: remains.live,
             containers: remains.containers,
@@ -221,6 +227,7 @@ impl Actor {
                     None => return,
                 },
                 Some(event) = inbox.progress.recv() => self.apply(event).await,
+                () = changes(&mut self.full_disks) => self.disks_changed(),
                 Some(report) = self.children.vital.join_next() => self.vital(report, &mut inbox).await,
                 Some(report) = self.children.work.join_next() => match report {
                     Ok(work) => self.work_done(work).await,
@@ -260,6 +267,25 @@ impl Actor {
             }
             Err(error) => self.child_failed(&error),
         }
+    }
+
+    /// The host's disks have become full, or have space again. The pod stays ready: it goes on where it was.
+    fn disks_changed(&mut self) {
+        let waiting = self.waiting_disks();
+        let before = self.latest().sandbox.info.get(WAITING).is_some();
+        match (waiting.is_empty(), before) {
+            (false, _) => {
+                tracing::error!(disks = ?waiting, "the host has no space for what the pod writes: it waits")
+            }
+            (true, true) => tracing::info!("the host has space again: the pod goes on"),
+            (true, false) => {}
+        }
+        self.publish();
+    }
+
+    fn waiting_disks(&self) -> BTreeSet<String> {
+        let full = self.vm.as_ref().and(self.full_disks.as_ref());
+        full.map(|full| full.borrow().clone()).unwrap_or_default()
     }
 
     async fn vital(&mut self, report: Result<Vital, JoinError>, inbox: &mut Inbox) {
@@ -467,6 +493,10 @@ impl Actor {
     fn hold(&mut self, vm: Arc<dyn Vm>) {
         let watched = vm.clone();
         self.children.vm.spawn(async move { watched.wait().await });
+        let mut full = vm.full_disks();
+        // Also what was so before anybody looked.
+        full.mark_changed();
+        self.full_disks = Some(full);
         self.vm = Some(vm);
     }
 
@@ -501,7 +531,11 @@ impl Actor {
     }
 
     fn show(&mut self, listed: bool) {
-        let info = self.record.info.clone();
+        let mut info = self.record.info.clone();
+        let waiting = self.waiting_disks();
+        if !waiting.is_empty() && info.is_object() {
+            info[WAITING] = json!(waiting);
+        }
         let snapshot = Snapshot {
             sandbox: view(&self.record, self.state, self.why.as_deref(), info),
             listed,
@@ -553,6 +587,18 @@ impl Actor {
             .collect();
         self.node.listeners.tell(&events);
     }
+}
+
+/// Waits until disks become full or have space again.
+async fn changes(full: &mut Option<watch::Receiver<BTreeSet<String>>>) {
+    if let Some(receiver) = full
+        && receiver.changed().await.is_ok()
+    {
+        return;
+    }
+    // The VM is gone, or its driver cannot tell.
+    *full = None;
+    std::future::pending().await
 }
 
 /// Waits until the daemon stops serving.

@@ -10,6 +10,8 @@
 //! - Each carries [`OWNER_ENV`]`=<vm id>` in its environment from its first instruction, so that a daemon which crashed between
 //!   spawn and journal finds it again ([`Hypervisor::find`]).
 //! - [`Vm::kill`] never waits on the guest.
+//! - A write that finds no space on the host waits until there is some: virtio-blk has no word for it, and a guest's file system takes
+//!   an error for a broken disk.
 //! - The transport is hybrid vsock: a Unix socket on which one writes `CONNECT <port>\n` and reads `OK <n>\n`; the guest cannot
 //!   initiate connections.
 
@@ -22,6 +24,7 @@ pub mod spawn;
 pub mod user;
 
 use std::{
+    collections::BTreeSet,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
@@ -29,6 +32,7 @@ use std::{
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 pub use console::console_tail;
 pub use process::{Ended, Process, ProcessRef, ProcessRole};
@@ -188,6 +192,12 @@ pub trait Vm: Send + Sync {
             growth.memory_mib,
             growth.vcpus
         )))
+    }
+
+    /// Serials of the disks whose writes wait because the host has no space for them, now and whenever that changes. From a driver that
+    /// cannot tell, or once the VM is gone, nothing more comes.
+    fn full_disks(&self) -> watch::Receiver<BTreeSet<String>> {
+        watch::channel(BTreeSet::new()).1
     }
 
     /// Waits for the VMM's end. Cancel-safe; every call after the end answers at once.

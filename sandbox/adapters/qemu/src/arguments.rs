@@ -17,6 +17,9 @@ pub(crate) const MAX_SLOTS: usize = 4 * SLOTS_PER_POOL;
 /// NICs and cold disks together: devices 0x01 to 0x0f less vsock and entropy.
 pub(crate) const MAX_COLD_DEVICES: usize = 13;
 
+/// A full host stops the VM, until `space` lets it go on; any other error is the guest's to hear.
+pub(crate) const ON_WRITE_ERROR: &str = "enospc";
+
 const CONSOLE_FDSET: u32 = 1;
 const COLD_FDSET: u32 = 10;
 const HOT_FDSET: u32 = 1000;
@@ -72,6 +75,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) cmdline: &'a [String],
     /// Listening socket.
     pub(crate) qmp: RawFd,
+    /// Listening socket of a second monitor, on which nothing is done but listening for stops and ending them.
+    pub(crate) stops: RawFd,
     /// Opened for appending.
     pub(crate) console: RawFd,
     /// Connected to the vhost-user backend.
@@ -221,6 +226,11 @@ fn channels(words: &mut Words, plan: &Plan<'_>) {
         format!("socket,id=qmp,fd={},server=on,wait=off", plan.qmp),
     );
     words.option("-mon", "chardev=qmp,mode=control");
+    words.option(
+        "-chardev",
+        format!("socket,id=stops,fd={},server=on,wait=off", plan.stops),
+    );
+    words.option("-mon", "chardev=stops,mode=control");
     words.option("-add-fd", format!("fd={},set={CONSOLE_FDSET}", plan.console));
     words.option(
         "-chardev",
@@ -281,7 +291,8 @@ fn cold_disk(words: &mut Words, index: u32, disk: &DiskPlan<'_>) {
     words.option(
         "-device",
         format!(
-            "virtio-blk-pci,id=cold{index},drive=coldnode{index},serial={},disable-legacy=on,werror=report,rerror=report,romfile=",
+            "virtio-blk-pci,id=cold{index},drive=coldnode{index},serial={},disable-legacy=on,werror={ON_WRITE_ERROR},\
+             rerror=report,romfile=",
             disk.serial
         ),
     );
@@ -322,6 +333,7 @@ mod tests {
             initramfs: 11,
             cmdline,
             qmp: 12,
+            stops: 15,
             console: 13,
             vsock: 14,
             nics: Vec::new(),
@@ -450,6 +462,15 @@ mod tests {
         assert!(
             nodes[1].contains("filename=/dev/fdset/11,read-only=off"),
             "{nodes:?}"
+        );
+        let devices = values(&words, "-device");
+        let disks = devices.iter().filter(|device| device.starts_with("virtio-blk"));
+        assert!(
+            disks.clone().count() == 2
+                && disks
+                    .clone()
+                    .all(|disk| disk.contains("werror=enospc,rerror=report")),
+            "{devices:?}"
         );
     }
 

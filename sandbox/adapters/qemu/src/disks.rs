@@ -18,7 +18,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
 
 use crate::{
-    arguments::{PARTS_PER_SLOT, SlotNames},
+    arguments::{ON_WRITE_ERROR, PARTS_PER_SLOT, SlotNames},
     qmp::{Failure, Qmp, Session},
 };
 
@@ -153,8 +153,7 @@ async fn plug(
         "drive": names.node,
         "serial": disk.serial,
         "disable-legacy": "on",
-        // By itself QEMU stops the whole VM when the host's disk is full, and nobody would let it go on.
-        "werror": "report",
+        "werror": ON_WRITE_ERROR,
         "rerror": "report",
     });
     session

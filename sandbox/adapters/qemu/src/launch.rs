@@ -48,6 +48,7 @@ const END_GRACE: Duration = Duration::from_secs(1);
 pub(crate) struct Paths {
     pub(crate) dir: PathBuf,
     pub(crate) qmp: PathBuf,
+    pub(crate) stops: PathBuf,
     pub(crate) vsock: PathBuf,
     pub(crate) console: PathBuf,
     pub(crate) qemu_log: PathBuf,
@@ -59,6 +60,7 @@ impl Paths {
         Self {
             dir: dir.to_owned(),
             qmp: dir.join("qmp.sock"),
+            stops: dir.join("stops.sock"),
             vsock: dir.join("vsock.sock"),
             console: dir.join("console.log"),
             qemu_log: dir.join("qemu.log"),
@@ -361,6 +363,7 @@ struct Opened {
     initramfs: File,
     console: File,
     qmp: UnixListener,
+    stops: UnixListener,
     disks: Vec<File>,
     /// For each NIC as many as it has queues, or none.
     vhost: Vec<Vec<File>>,
@@ -393,6 +396,7 @@ impl Opened {
             initramfs,
             console,
             qmp: listen(&paths.qmp)?,
+            stops: listen(&paths.stops)?,
             disks,
             vhost,
             user,
@@ -434,6 +438,7 @@ impl Opened {
             initramfs: self.initramfs.as_raw_fd(),
             cmdline: &self.spec.cmdline,
             qmp: self.qmp.as_raw_fd(),
+            stops: self.stops.as_raw_fd(),
             console: self.console.as_raw_fd(),
             vsock,
             nics: nics.collect(),
@@ -448,6 +453,7 @@ impl Opened {
             self.initramfs.into(),
             self.console.into(),
             self.qmp.into(),
+            self.stops.into(),
         ];
         fds.extend(self.disks.into_iter().map(OwnedFd::from));
         fds.extend(self.vhost.into_iter().flatten().map(OwnedFd::from));

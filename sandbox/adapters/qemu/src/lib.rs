@@ -12,6 +12,7 @@ mod handover;
 mod launch;
 mod machine;
 mod qmp;
+mod space;
 
 use std::path::PathBuf;
 

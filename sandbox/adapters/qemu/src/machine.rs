@@ -4,6 +4,7 @@
 //! matter of pidfds alone, and never talk to QEMU.
 
 use std::{
+    collections::BTreeSet,
     io,
     path::Path,
     sync::{Arc, OnceLock},
@@ -18,13 +19,14 @@ use caisson_hypervisor::{
     user::{Lease, Users},
 };
 use serde_json::Value;
-use tokio::task::AbortHandle;
+use tokio::{sync::watch, task::AbortHandle};
 
 use crate::{
     NAME,
     disks::Disks,
     launch::Paths,
     qmp::{COMMAND_DEADLINE, Qmp},
+    space,
 };
 
 /// How long an adopted VM may take to name its disks; a restarted daemon has many VMs to adopt.
@@ -43,6 +45,8 @@ pub(crate) struct QemuVm {
     /// Why this driver itself killed the VMM.
     cause: OnceLock<String>,
     keeper: AbortHandle,
+    full: watch::Receiver<BTreeSet<String>>,
+    full_keeper: AbortHandle,
     /// Kept from other VMs while this one is.
     _user: Option<Lease>,
 }
@@ -50,6 +54,7 @@ pub(crate) struct QemuVm {
 impl Drop for QemuVm {
     fn drop(&mut self) {
         self.keeper.abort();
+        self.full_keeper.abort();
     }
 }
 
@@ -64,6 +69,9 @@ impl QemuVm {
     ) -> Self {
         let keeper = tokio::spawn(logs::keep_bounded(paths.logs())).abort_handle();
         let disks = Arc::new(Disks::new(qmp, slots));
+        let (told, full) = watch::channel(BTreeSet::new());
+        let waiting = space::Keeper::new(&id, Qmp::new(paths.stops.clone()), told);
+        let full_keeper = tokio::spawn(waiting.run(vmm.clone())).abort_handle();
         Self {
             id,
             paths,
@@ -72,6 +80,8 @@ impl QemuVm {
             disks,
             cause: OnceLock::new(),
             keeper,
+            full,
+            full_keeper,
             _user: user,
         }
     }
@@ -181,6 +191,10 @@ impl Vm for QemuVm {
     async fn detach(&self, serial: &str) -> Result<(), HypervisorError> {
         let (disks, serial) = (self.disks.clone(), serial.to_owned());
         finish(tokio::spawn(async move { disks.detach(&serial).await })).await
+    }
+
+    fn full_disks(&self) -> watch::Receiver<BTreeSet<String>> {
+        self.full.clone()
     }
 
     async fn wait(&self) -> VmExit {

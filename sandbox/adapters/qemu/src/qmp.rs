@@ -33,6 +33,10 @@ pub(crate) const COMMAND_DEADLINE: Duration = Duration::from_secs(15);
 /// Unplug notices that are remembered while nobody asks for them.
 const NOTICES_MAX: usize = 256;
 
+/// Messages that are taken without a pause while only a stop is waited for.
+const MESSAGES_WITHOUT_PAUSE: usize = 64;
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Messages (events, stale replies) that may come before the reply to a command.
 const MESSAGES_BEFORE_REPLY: usize = 4096;
 
@@ -55,6 +59,8 @@ struct Connection {
     lines: LineBuffer,
     next_id: u64,
     unplugged: VecDeque<String>,
+    /// Whether a stop was heard that nobody has asked for yet.
+    stopped: bool,
 }
 
 /// How a command failed.
@@ -187,6 +193,25 @@ impl Session<'_> {
     }
 }
 
+impl Session<'_> {
+    /// Waits for the notice that the VM was stopped; with a limit, `false` when it did not come in time.
+    pub(crate) async fn stopped(&mut self, limit: Option<Duration>) -> Result<bool, Failure> {
+        let Some(mut connection) = self.slot.take() else {
+            return Err(garbage("no connection"));
+        };
+        let heard = match limit {
+            Some(limit) => timeout_at(Instant::now() + limit, connection.stopped()).await,
+            None => Ok(connection.stopped().await),
+        };
+        let came = match heard {
+            Ok(outcome) => outcome.map(|()| true)?,
+            Err(_) => false,
+        };
+        *self.slot = Some(connection);
+        Ok(came)
+    }
+}
+
 impl Connection {
     async fn open(path: &Path) -> Result<Self, Failure> {
         let stream = UnixStream::connect(path).await.map_err(Failure::Broken)?;
@@ -195,6 +220,7 @@ impl Connection {
             lines: LineBuffer::default(),
             next_id: 0,
             unplugged: VecDeque::new(),
+            stopped: false,
         };
         match connection.message().await? {
             Message::Greeting => {}
@@ -235,6 +261,7 @@ impl Connection {
                 // Without an id QEMU answers only what it could not parse.
                 Message::Error { id: None, reason, .. } => return Err(garbage(reason)),
                 Message::Unplugged { device } => self.remember(device),
+                Message::Stopped => self.stopped = true,
                 Message::Event | Message::Greeting | Message::Return { .. } | Message::Error { .. } => {}
             }
         }
@@ -254,10 +281,28 @@ impl Connection {
                 self.unplugged.remove(at);
                 return Ok(());
             }
-            if let Message::Unplugged { device } = self.message().await? {
-                self.remember(device);
+            match self.message().await? {
+                Message::Unplugged { device } => self.remember(device),
+                Message::Stopped => self.stopped = true,
+                _ => {}
             }
         }
+    }
+
+    async fn stopped(&mut self) -> Result<(), Failure> {
+        let mut idle = 0;
+        while !std::mem::take(&mut self.stopped) {
+            match self.message().await? {
+                Message::Stopped => self.stopped = true,
+                // Who talks without end shall not keep the daemon busy.
+                _ if idle >= MESSAGES_WITHOUT_PAUSE => {
+                    idle = 0;
+                    tokio::time::sleep(PAUSE).await;
+                }
+                _ => idle += 1,
+            }
+        }
+        Ok(())
     }
 
     async fn send(&self, mut bytes: &[u8], mut fd: Option<BorrowedFd<'_>>) -> io::Result<()> {

@@ -25,6 +25,8 @@ pub(crate) enum Message {
     },
     /// The event DEVICE_DELETED for a device with an id.
     Unplugged { device: String },
+    /// The event STOP: no virtual CPU runs any more.
+    Stopped,
     /// Any other event.
     Event,
 }
@@ -65,6 +67,7 @@ impl Message {
                 (Some("DEVICE_DELETED"), Some(device)) => Ok(Self::Unplugged {
                     device: shorten(device),
                 }),
+                (Some("STOP"), _) => Ok(Self::Stopped),
                 _ => Ok(Self::Event),
             }
         } else {
@@ -180,6 +183,8 @@ mod tests {
         let inner =
             br#"{"event": "DEVICE_DELETED", "data": {"path": "/machine/peripheral/hot0/virtio-backend"}}"#;
         assert_eq!(Message::parse(inner), Ok(Message::Event));
+        let stop = br#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}"#;
+        assert_eq!(Message::parse(stop), Ok(Message::Stopped));
     }
 
     #[test]
