@@ -17,6 +17,7 @@ pub mod node;
 pub mod nri_plugin;
 pub mod registry;
 pub mod tls_front;
+pub mod volumes;
 
 use std::{
     io::Write as _,
