@@ -109,7 +109,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk = |name: &str| Disk {
             serial: "one".into(),
-            path: dir.path().join(name),
+            files: vec![dir.path().join(name)],
             read_only: false,
         };
         std::fs::write(dir.path().join("file"), "x").unwrap();
