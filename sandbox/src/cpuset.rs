@@ -148,6 +148,13 @@ fn unified(root: &Path, leaf: &Path, wanted: &Cpuset, what: impl Fn() -> String)
                 what: what(),
                 reason: format!("of {file} {list}, {} gives {given}", leaf.display()),
             },
+            // What no CPU of any host has as its number.
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::RANGE.raw_os_error()) => {
+                SandboxError::Unmet {
+                    what: what(),
+                    reason: format!("{file} {list} is more than {} can have", leaf.display()),
+                }
+            }
             Err(error) => SandboxError::io(what())(error),
         };
         // All of it or nothing.

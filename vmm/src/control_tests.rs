@@ -8,7 +8,7 @@ use std::{
     sync::Mutex,
 };
 
-use caisson_vmm_api::control::{MESSAGE_BYTES_MAX, State};
+use caisson_vmm_api::control::{DESCRIPTORS_MAX, MESSAGE_BYTES_MAX, State};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recvmsg, sendmsg, socket_with,
@@ -290,7 +290,10 @@ fn nonsense_is_refused_and_an_oversized_packet_ends_the_connection_only() {
     client.send(&vec![b' '; MESSAGE_BYTES_MAX + 1], &[]);
     assert_eq!(client.hear(), None);
     let client = server.greeted();
-    client.send(&Request::Pause.encode().unwrap(), &vec![file.as_fd(); 100]);
+    client.send(
+        &Request::Pause.encode().unwrap(),
+        &vec![file.as_fd(); DESCRIPTORS_MAX + 1],
+    );
     assert_eq!(client.hear(), None, "more descriptors than any request has");
     drop(server.greeted());
     assert!(server.noted().is_empty());
