@@ -142,11 +142,9 @@ impl Serve for Server {
             Source::edge(&self.tx.kick, TX_QUEUE as u64),
             Source::level(&self.vsock, HOST),
         ];
-        sources.extend(
-            self.events
-                .as_ref()
-                .map(|events| Source::edge(&events.kick, EVENTS)),
-        );
+        // A guest that has not moved hears nothing, and its buffers for events wake nobody.
+        let events = self.events.as_ref().filter(|_| self.moved);
+        sources.extend(events.map(|events| Source::edge(&events.kick, EVENTS)));
         sources
     }
 
