@@ -169,20 +169,29 @@ pub(crate) fn memory(pid: u32, guest_mib: u64) -> Option<Memory> {
     })
 }
 
+/// Of all neighbours that are as large together, those that hold the most: reserved space of a C library's allocator may be as large as a guest.
 fn guest_of(mappings: &[Mapping], bytes: u64) -> Option<std::ops::Range<usize>> {
-    for first in 0..mappings.len() {
+    let resident = |range: &std::ops::Range<usize>| -> u64 {
+        let inside = mappings.get(range.clone()).unwrap_or_default();
+        inside
+            .iter()
+            .filter_map(|mapping| mapping.values.get("Rss:"))
+            .sum()
+    };
+    let from = |first: usize| {
         let mut end = mappings[first].start;
         for (offset, mapping) in mappings[first..].iter().enumerate() {
             if mapping.start != end || mapping.end - mappings[first].start > bytes {
-                break;
+                return None;
             }
             end = mapping.end;
             if end - mappings[first].start == bytes {
                 return Some(first..first + offset + 1);
             }
         }
-    }
-    None
+        None
+    };
+    (0..mappings.len()).filter_map(from).max_by_key(resident)
 }
 
 /// What the host could give away, KiB.
