@@ -1,14 +1,16 @@
 #!/bin/bash
-# Builds the peers that the tests talk to, from the Go module proxy, once for each version.
+# Builds the peers that the tests talk to, from the Go module proxy and of Rust crates, once for each version.
 #
 #   peers.sh BIN-DIRECTORY PEER...
 #
-# PEER: crictl, critest, kubelet, nri-plugin. Leaves BIN-DIRECTORY/PEER, a link to PEER-VERSION.
+# PEER: crictl, critest, kubelet, nri-plugin, pjdfstest, fsx. Leaves BIN-DIRECTORY/PEER, a link to PEER-VERSION.
 set -euo pipefail
 
 cri_tools=v1.36.0
 kubernetes=v1.36.3
 nri=v0.12.1
+pjdfstest=0.2.2
+fsx=0.3.2
 bin=$1
 shift
 mkdir -p "$bin"
@@ -66,6 +68,21 @@ build_ours() { # peer, module, version, directory, name of what is built
     mv "$work/$peer" "$bin/$peer-$5"
 }
 
+# Static, so that it runs in any image.
+build_crate() { # peer, version
+    local peer=$1 version=$2 work
+    echo "building $peer $version (about 2 minutes)"
+    work=$(mktemp -d)
+    # Expanded now: it is local.
+    trap "rm -rf '$work'" EXIT
+    RUSTFLAGS='-C target-feature=+crt-static' cargo install --quiet --locked --version "=$version" --target x86_64-unknown-linux-gnu \
+        --target-dir "$work/target" --root "$work" "$peer" 2>"$work/log" || {
+        cat "$work/log" >&2
+        exit 1
+    }
+    mv "$work/bin/$peer" "$bin/$peer-$version"
+}
+
 for peer in "$@"; do
     variable=sigs.k8s.io/cri-tools/pkg/version.Version
     case $peer in
@@ -77,6 +94,12 @@ for peer in "$@"; do
     nri-plugin)
         version=$nri-$(sha256sum "$sources/nri-plugin/main.go" | cut -c 1-12)
         [ -x "$bin/$peer-$version" ] || build_ours "$peer" github.com/containerd/nri "$nri" "$sources/nri-plugin" "$version"
+        ln -sfn "$peer-$version" "$bin/$peer"
+        continue
+        ;;
+    pjdfstest | fsx)
+        version=${!peer}
+        [ -x "$bin/$peer-$version" ] || build_crate "$peer" "$version"
         ln -sfn "$peer-$version" "$bin/$peer"
         continue
         ;;
