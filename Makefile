@@ -11,6 +11,7 @@
 #   make check    formatting and lints
 #   make critest  cri-tools' conformance tests, judged by docs/conformance.md; CRITEST='--focus REGEXP' for some of them
 #   make fs-conformance  pjdfstest and fsx on the file systems that a container sees, judged by docs/storage.md
+#   make bench-storage  fio and small files on them, next to the host's own and QEMU with virtiofsd
 #   make bench    figures for docs/performance.md
 #   make bench-streaming  figures of exec sessions, next to containerd's
 #   make bench-images  figures of pulling and converting, next to containerd's
@@ -29,7 +30,7 @@ RUN ?= /tmp/caisson
 CARGO ?= cargo
 
 .PHONY: help setup build build-demo agent guest guest-tuned demo test unit e2e e2e-tuned check bench bench-images bench-streaming bench-vmm fuzz run registry
-.PHONY: crictl nri-plugin critest kubelet e2e-kubelet fs-conformance node-shell e2e-node e2e-node-short critest-node
+.PHONY: crictl nri-plugin critest kubelet e2e-kubelet fs-conformance bench-storage node-shell e2e-node e2e-node-short critest-node
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -121,6 +122,10 @@ fs-conformance: build guest-tuned
 	@./tests/peers.sh $(CAISSON_CACHE)/bin pjdfstest fsx
 	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
 		./target/release/fs-conformance
+
+bench-storage: build guest-tuned
+	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
+		./target/release/bench-storage
 
 bench-streaming: build guest-tuned
 	CAISSON_KERNEL=$(CURDIR)/$(GUEST)/tuned/vmlinux CAISSON_INITRAMFS=$(CURDIR)/$(GUEST)/tuned/initramfs.cpio \
