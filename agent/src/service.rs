@@ -21,7 +21,7 @@ use crate::{
     clock, configure,
     console::complain,
     cpus, create,
-    error::AgentError,
+    error::{AgentError, At},
     exec,
     guest::Guest,
     hello,
@@ -355,6 +355,14 @@ impl agent_server::Agent for Service {
 
     async fn online_cpus(&self, request: Request<v1::OnlineCpusRequest>) -> Answer<v1::OnlineCpusReply> {
         self.change(move |_| cpus::online(request.into_inner())).await
+    }
+
+    async fn set_clock(&self, request: Request<v1::SetClockRequest>) -> Answer<v1::SetClockReply> {
+        self.change(move |_| {
+            clock::set_real(request.get_ref().realtime_nanos).at(|| "setting the clock")?;
+            Ok(v1::SetClockReply {})
+        })
+        .await
     }
 
     async fn update_container(

@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Weak},
+    time::SystemTime,
 };
 
 use caisson_hypervisor::{Vm, VmExit};
@@ -277,10 +278,24 @@ impl Actor {
             (false, _) => {
                 tracing::error!(disks = ?waiting, "the host has no space for what the pod writes: it waits")
             }
-            (true, true) => tracing::info!("the host has space again: the pod goes on"),
+            (true, true) => {
+                tracing::info!("the host has space again: the pod goes on");
+                self.set_clock();
+            }
             (true, false) => {}
         }
         self.publish();
+    }
+
+    /// A VM that its driver had to stop has missed the time until now.
+    fn set_clock(&mut self) {
+        let Some(live) = self.live.clone() else { return };
+        self.spawn_work(async move {
+            if let Err(error) = live.guest.set_clock(SystemTime::now(), live.deadline).await {
+                tracing::warn!(%error, "the guest's clock stays behind");
+            }
+            Work::Answered
+        });
     }
 
     fn waiting_disks(&self) -> BTreeSet<String> {

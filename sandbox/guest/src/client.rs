@@ -1,6 +1,11 @@
 //! The agent's verbs, each with a deadline.
 
-use std::{future::Future, os::fd::OwnedFd, path::Path, time::Duration};
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
 use caisson_agent_api::{FILES_PORT, PROTOCOL, RPC_PORT, files, stream, v1, v1::agent_client::AgentClient};
 use tokio::{
@@ -241,6 +246,17 @@ impl GuestClient {
         let mut agent = self.agent.clone();
         let request = agent.online_cpus(v1::OnlineCpusRequest { count });
         Ok(bounded("OnlineCpus", deadline, request).await?.online)
+    }
+
+    /// Sets the guest's time of day.
+    pub async fn set_clock(&self, now: SystemTime, deadline: Duration) -> Result<(), GuestError> {
+        let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let mut agent = self.agent.clone();
+        let request = v1::SetClockRequest {
+            realtime_nanos: u64::try_from(since.as_nanos()).unwrap_or(0),
+        };
+        bounded("SetClock", deadline, agent.set_clock(request)).await?;
+        Ok(())
     }
 
     /// Changes a container's limits, and its score for the OOM killer when there is one.

@@ -102,6 +102,42 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_is_swapped_meanwhile_is_what_its_name_says_or_an_error() {
+        use std::{
+            os::unix::fs::MetadataExt,
+            sync::atomic::{AtomicBool, Ordering},
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().canonicalize().unwrap();
+        let (volume, aside, target) = (top.join("volume"), top.join("aside"), top.join("target"));
+        fs::create_dir(&volume).unwrap();
+        fs::create_dir(&target).unwrap();
+        symlink("target", &aside).unwrap();
+        let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+        let (own, others) = (inode(&volume), inode(&target));
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // A directory one moment, a link the next.
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let flags = rustix::fs::RenameFlags::EXCHANGE;
+                    rustix::fs::renameat_with(rustix::fs::CWD, &volume, rustix::fs::CWD, &aside, flags)
+                        .unwrap();
+                }
+            });
+            let found: Vec<_> = (0..2000).map(|_| HostPath::resolve(&volume)).collect();
+            done.store(true, Ordering::Relaxed);
+            for found in found {
+                match found {
+                    Ok(found) if found.path == volume => assert_eq!(found.inode, own),
+                    Ok(found) => assert_eq!((&found.path, found.inode), (&target, others)),
+                    Err(error) => assert!(error.chain().contains("volume"), "{}", error.chain()),
+                }
+            }
+        });
+    }
+
+    #[test]
     fn what_is_not_there_is_named() {
         let dir = tempfile::tempdir().unwrap();
         symlink("nowhere", dir.path().join("dangling")).unwrap();

@@ -422,6 +422,13 @@ impl agent_server::Agent for Verbs {
         self.enter("ReleaseDisk").await?;
         Ok(Response::new(v1::ReleaseDiskReply {}))
     }
+    async fn set_clock(
+        &self,
+        _: Request<v1::SetClockRequest>,
+    ) -> Result<Response<v1::SetClockReply>, Status> {
+        self.enter("SetClock").await?;
+        Ok(Response::new(v1::SetClockReply {}))
+    }
     async fn online_cpus(
         &self,
         request: Request<v1::OnlineCpusRequest>,

@@ -458,6 +458,12 @@ impl agent_server::Agent for Verbs {
     ) -> Result<Response<v1::ReleaseDiskReply>, Status> {
         unimplemented("ReleaseDisk")
     }
+    async fn set_clock(
+        &self,
+        _: Request<v1::SetClockRequest>,
+    ) -> Result<Response<v1::SetClockReply>, Status> {
+        unimplemented("SetClock")
+    }
     async fn online_cpus(
         &self,
         _: Request<v1::OnlineCpusRequest>,

@@ -1,6 +1,11 @@
 //! A host whose disk is full: what containers write waits and is not lost, everybody is told, and nothing else waits for it.
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
@@ -159,6 +164,16 @@ fn what_finds_no_space_waits_is_told_of_and_goes_on_when_there_is_some() -> Resu
         let sums = sh(&mut cri, &id, "sha256sum < /data/big; cat /data/sum").await?;
         let sums: Vec<&str> = sums.lines().collect();
         ensure!(matches!(sums[..], [one, other] if one == other), "{sums:?}");
+        // The guest's clock, which stood, is right again.
+        eventually("the time of day", STATE_LIMIT, async || {
+            let guest: u64 = sh(&mut cri, &id, "date +%s").await.ok()?.trim().parse().ok()?;
+            let here = SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .ok()?
+                .as_secs();
+            (guest.abs_diff(here) <= 1).then_some(())
+        })
+        .await?;
         cri.remove_pod(&pod_id).await?;
 
         // What is on the disk is what was written, in a file system without a fault.
