@@ -59,9 +59,11 @@ impl Connection {
                 descriptors.extend(rights);
             }
         }
-        if received
-            .flags
-            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+        // The kernel's room for them is rounded up.
+        if descriptors.len() > DESCRIPTORS_MAX
+            || received
+                .flags
+                .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
         {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,

@@ -55,6 +55,7 @@ pub(crate) fn connection(
             socket.write_all(&handshake::answer(fs, &header, body)?)?;
             continue;
         }
+        through_the_cache(header.opcode, message);
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, format!("{error}"));
         let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(message))
             .map_err(|error| io::Error::other(format!("{error}")))?;
@@ -67,6 +68,27 @@ pub(crate) fn connection(
         {
             return Err(invalid(error));
         }
+    }
+}
+
+/// Takes O_DIRECT off a message: the guest's cache is passed by all the same, and the host would want the memory of this process aligned
+/// as the container's was.
+fn through_the_cache(opcode: u32, message: &mut [u8]) {
+    let is = |one: Opcode| one as u32 == opcode;
+    // Where struct fuse_open_in and fuse_create_in, fuse_read_in and fuse_write_in have the flags of the file.
+    let at = if is(Opcode::Open) || is(Opcode::Create) {
+        0
+    } else if is(Opcode::Read) || is(Opcode::Write) {
+        32
+    } else {
+        return;
+    };
+    let at = size_of::<InHeader>() + at;
+    if let Some(flags) = message
+        .get_mut(at..at + 4)
+        .and_then(|bytes| <&mut [u8; 4]>::try_from(bytes).ok())
+    {
+        *flags = (u32::from_ne_bytes(*flags) & !libc::O_DIRECT.cast_unsigned()).to_ne_bytes();
     }
 }
 
@@ -141,6 +163,29 @@ mod tests {
         theirs.write_all(bytes).unwrap();
         drop(theirs);
         receive(&mut ours, &mut vec![0; MAX_MESSAGE])
+    }
+
+    #[test]
+    fn files_are_never_opened_past_the_host_s_cache() {
+        let flags = (libc::O_DIRECT | libc::O_RDWR | libc::O_SYNC).cast_unsigned();
+        let after = |opcode: Opcode, at: usize| {
+            let mut message = vec![0; 40 + 40];
+            message[40 + at..44 + at].copy_from_slice(&flags.to_ne_bytes());
+            through_the_cache(opcode as u32, &mut message);
+            u32::from_ne_bytes(message[40 + at..44 + at].try_into().unwrap())
+        };
+        let kept = (libc::O_RDWR | libc::O_SYNC).cast_unsigned();
+        for (opcode, at) in [
+            (Opcode::Open, 0),
+            (Opcode::Create, 0),
+            (Opcode::Read, 32),
+            (Opcode::Write, 32),
+        ] {
+            assert_eq!(after(opcode, at), kept);
+        }
+        assert_eq!(after(Opcode::Setattr, 0), flags);
+        // One that is cut off is for the library to refuse.
+        through_the_cache(Opcode::Write as u32, &mut [0; 60]);
     }
 
     #[test]
