@@ -90,19 +90,19 @@ impl Profiles {
         check(name)?;
         let top = name.split("//").next().unwrap_or(name).to_owned();
         let (kernel, directory) = (self.settings.kernel.clone(), self.settings.directory.clone());
-        let searched = tokio::task::spawn_blocking(move || search(&kernel, &directory, &top));
+        let wanted = top.clone();
+        let searched = tokio::task::spawn_blocking(move || search(&kernel, &directory, &wanted));
         let (loaded, candidates) = searched
             .await
             .map_err(|_| ProfileError::Lost(name.to_owned()))??;
         if let loaded::Answer::Policy(policy) = loaded {
             return Ok(Found::Loaded(policy));
         }
-        let top = name.split("//").next().unwrap_or(name);
         // A file that cannot be read may be the one that was meant, unless another has the profile.
         let mut failure = None;
         for file in candidates {
             match self.names(name, &file).await {
-                Ok(names) if names.iter().any(|known| known == top) => return Ok(Found::File(file)),
+                Ok(names) if names.contains(&top) => return Ok(Found::File(file)),
                 Ok(_) => {}
                 Err(error) => failure = failure.or(Some(error)),
             }
@@ -116,7 +116,10 @@ impl Profiles {
 
     /// Compiles a file for a kernel with these features, as its agent describes them.
     pub async fn compile(&self, name: &str, file: &Path, features: &str) -> Result<Vec<u8>, ProfileError> {
-        let description = compiler::features(features)
+        let features = features.to_owned();
+        let description = tokio::task::spawn_blocking(move || compiler::features(&features))
+            .await
+            .map_err(|_| ProfileError::Lost(name.to_owned()))?
             .map_err(ProfileError::io("write down the features of the guest's kernel"))?;
         let mut arguments = compiler::WITHOUT_KERNEL.map(std::ffi::OsStr::new).to_vec();
         arguments.extend([

@@ -1,7 +1,7 @@
 //! A VM whose disk finds no space on the host: QEMU stops it (`werror=enospc`), keeps the write, and tries it again when it is told to go on.
 //!
 //! ```text
-//! runs --STOP event, status io-error--> waits --cont, and no STOP for SETTLED--> runs
+//! runs --STOP event, status io-error--> waits --cont, and no STOP for RETRY--> runs
 //!                                       ^  |
 //!                                       +--+ cont every RETRY, which may end in another STOP
 //! ```
