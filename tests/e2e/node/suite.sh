@@ -17,6 +17,9 @@ export CAISSON_KERNEL=${CAISSON_KERNEL:-$checkout/guest/out/tuned/vmlinux} CAISS
 # An emulated machine's conditions come late.
 export CAISSON_TEST_PATIENCE=${CAISSON_TEST_PATIENCE:-4}
 export NODE_NAME=${NODE_NAME:-suite-$$}
+# What the tests' daemons say, kept of binaries that fail.
+exchange=${TMPDIR:-/tmp}/caisson-node/$NODE_NAME/exchange
+export CAISSON_TEST_LOGS=/run/node/logs
 
 # Copies, and adds to each test what it took.
 timed() {
@@ -61,8 +64,10 @@ began=$SECONDS
 trap 'cp "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME/console" "$results/console.log"; "$here/run.sh" --stop' EXIT
 "$here/run.sh" --start || exit 1
 "$here/run.sh" "$CAISSON_BIN_DIR/caissond" --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | tee "$results/check.log"
-passed=0 failed=0 skipped=0 deaths=0 twice= broken=()
+passed=0 failed=0 skipped=0 deaths=0 broken=()
 run_binary() { # of name and filter; its exit code becomes code
+    rm -rf "$exchange/logs"
+    mkdir "$exchange/logs"
     echo "=== $name, inside the node, at $((SECONDS - began)) s"
     "$here/run.sh" "${executables[$name]}" --test-threads=1 "${filter[@]}" 2>&1 | timed | tee "$results/$name.log"
     code=${PIPESTATUS[0]}
@@ -86,13 +91,6 @@ for one in "${wanted[@]}"; do
         "$here/run.sh" --start || exit 1
         run_binary
     fi
-    # Nor is one VM's: the emulated processor loses registers of a guest's guest now and then. What fails twice is a failure.
-    if [ "$code" != 0 ] && [ -z "$twice" ]; then
-        twice=$name
-        cp "$results/$name.log" "$results/$name-first.log"
-        echo "node suite: $name failed; once more, this once"
-        run_binary
-    fi
     line=$(grep -E '^test result: ' "$results/$name.log" | tail -n 1)
     if [[ $line =~ ([0-9]+)\ passed\;\ ([0-9]+)\ failed\;\ ([0-9]+)\ ignored ]]; then
         passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2])) skipped=$((skipped + BASH_REMATCH[3]))
@@ -101,12 +99,12 @@ for one in "${wanted[@]}"; do
     passed=$((passed - reasons)) skipped=$((skipped + reasons))
     if [ "$code" != 0 ] || [ -z "$line" ]; then
         broken+=("$name ($code)")
+        cp -r "$exchange/logs" "$results/$name-daemons"
         "$here/run.sh" dmesg 2>/dev/null | tail -n 30
     fi
 done
 "$here/run.sh" dmesg >"$results/dmesg.log" 2>/dev/null
 [ $deaths = 0 ] || echo "node suite: the node died once, see $results/console-of-the-dead.log"
-[ -z "$twice" ] || echo "node suite: $twice ran twice, see $results/$twice-first.log for why"
 awk -v s=$((SECONDS - began)) 'BEGIN { printf "node suite: %.1f min\n", s / 60 }'
 if [ ${#broken[@]} -gt 0 ]; then
     echo "node suite: failed: ${broken[*]}; see $results"

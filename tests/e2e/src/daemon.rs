@@ -163,6 +163,16 @@ impl Daemon {
         self.answers().await
     }
 
+    /// Where `CAISSON_TEST_LOGS` wants it: the test's own directory goes with the test.
+    fn keep_log(&self) {
+        if let (Some(logs), Some(name)) = (std::env::var_os("CAISSON_TEST_LOGS"), self.dir.file_name()) {
+            let kept = Path::new(&logs).join(name).with_extension("log");
+            if let Err(error) = fs::copy(self.dir.join("caissond.log"), &kept) {
+                eprintln!("{} is not kept: {error}", kept.display());
+            }
+        }
+    }
+
     async fn answers(&mut self) -> Result<()> {
         let socket = self.socket();
         let process = &mut self.process;
@@ -200,6 +210,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _already_gone = self.process.kill();
         let _already_reaped = self.process.wait();
+        self.keep_log();
         // VMs outlive the daemon by design, so a test that fails must end those below its own directory.
         let here = self.dir.as_os_str().as_encoded_bytes().to_vec();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
