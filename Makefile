@@ -1,6 +1,6 @@
 # Caisson's entry points. Each installs what it needs (as root, on Debian 12) and can be called on a fresh machine.
 #
-#   make demo     a real pod in a real VM, from nothing; about 6 minutes the first time
+#   make demo     a real pod in a real VM, from nothing; six to seven minutes the first time
 #   make test     every test, end to end ones included
 #   make e2e-node the end-to-end tests inside a node VM, where KVM works; NODE_TESTS='pods isolation' for some of them
 #   make e2e-node-short  those of them that CI runs
