@@ -168,7 +168,14 @@ fn unified(root: &Path, leaf: &Path, wanted: &Cpuset, what: impl Fn() -> String)
 
 /// Writes a list; what there is instead when that is not it: the kernel takes what it cannot give, and gives what the group above has.
 fn give(leaf: &Path, file: &str, list: &str) -> io::Result<Option<String>> {
-    write(&leaf.join(file), list)?;
+    match write(&leaf.join(file), list) {
+        // A group with processes in it cannot go back to a list of its own that is empty: all that the group above has is the same.
+        Err(error) if list.is_empty() && error.kind() == io::ErrorKind::StorageFull => {
+            let above = leaf.parent().unwrap_or(leaf).join(format!("{file}.effective"));
+            write(&leaf.join(file), &read(&above)?)?;
+        }
+        written => written?,
+    }
     let given = read(&leaf.join(format!("{file}.effective")))?;
     Ok((!list.is_empty() && !same(&given, list)).then_some(given))
 }
