@@ -12,12 +12,10 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use crate::{
-    GuestError,
-    transport::{HANDSHAKE, Route},
-};
+use crate::{GuestError, transport::Route};
 
-/// How long the agent may take to answer an Open. A port may take ten seconds to accept.
+/// How long the guest may take to accept the connection, and then the agent to answer an Open: a guest that is busy is slow and not gone, and
+/// a port may take ten seconds to accept.
 const OPEN_LIMIT: Duration = Duration::from_secs(12);
 
 /// The verb's name in errors.
@@ -28,7 +26,7 @@ pub(crate) async fn open(route: &Route, open: &Open) -> Result<(UnixStream, u64)
     let message = open.encode()?;
     let start = Instant::now();
     let mut stream = route
-        .dial(STREAM_PORT, HANDSHAKE)
+        .dial(STREAM_PORT, OPEN_LIMIT)
         .await
         .map_err(|reached| route.unreachable(reached, start))?;
     let exchange = async {
