@@ -40,6 +40,7 @@ impl Operations for Noted {
             disks: Vec::new(),
             nics: Vec::new(),
             pmems: Vec::new(),
+            full_disks: Vec::new(),
             free_slots: 1,
             exits: Vec::new(),
         }

@@ -216,6 +216,8 @@ pub(crate) struct Places {
     config: Arc<ConfigMirror>,
     attachment: Attachment,
     host: virtio::Host,
+    /// Hears from devices.
+    log: Arc<Log>,
     console: Arc<SerialPort<File>>,
     /// All that changes the guest's memory goes through it, so that vhost hears of it.
     memory: Arc<FollowedMemory>,
@@ -251,8 +253,9 @@ impl Places {
             },
             host: virtio::Host {
                 threads: Arc::clone(maker) as _,
-                events: log,
+                events: Arc::clone(&log) as _,
             },
+            log,
             console,
             memory: Arc::new(FollowedMemory::new(vm.memory_control(), vm.memory())),
             functions: Mutex::default(),
@@ -403,6 +406,11 @@ impl Places {
     /// What the console is.
     pub(crate) fn console(&self) -> PortState {
         self.console.state()
+    }
+
+    /// Serials of the disks whose writes wait for space on the host.
+    pub(crate) fn full_disks(&self) -> Vec<String> {
+        self.log.full_disks()
     }
 
     /// Takes a device away. The guest should have let go of it.

@@ -235,6 +235,7 @@ impl Operations for Running {
             disks: added(Kind::Disk),
             nics: added(Kind::Nic),
             pmems: added(Kind::Pmem),
+            full_disks: self.places.full_disks(),
             free_slots: changing.free_slots,
             exits,
         }

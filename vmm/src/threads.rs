@@ -4,9 +4,10 @@
 //! could never do what a device must. Hence the [`Maker`]. It also hears what devices have to tell.
 
 use std::{
+    collections::BTreeSet,
     fmt, io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     },
     thread::{Builder, JoinHandle},
@@ -99,20 +100,74 @@ impl Threads for Maker {
     }
 }
 
-/// Writes what devices tell into the VM's log. A guest may have a hand in it: who starts a device that cannot start, again and again, gives cause
-/// each time. So there are not many lines of it.
+/// Writes what devices tell into the VM's log, and knows which disks wait. A guest may have a hand in it: who starts a device that cannot start,
+/// again and again, gives cause each time. So there are not many lines of it.
 #[derive(Debug)]
-pub(crate) struct Log(Mutex<Complaints>);
+pub(crate) struct Log(Mutex<Told>);
+
+#[derive(Debug)]
+struct Told {
+    failures: Complaints,
+    /// Apart from the failures, so that those cannot hide it: a new line has the daemon ask for the disks.
+    space: Complaints,
+    full_disks: BTreeSet<String>,
+}
 
 impl Default for Log {
     fn default() -> Self {
-        Self(Mutex::new(Complaints::new("caisson-vmm")))
+        Self(Mutex::new(Told {
+            failures: Complaints::new("caisson-vmm"),
+            space: Complaints::new("caisson-vmm"),
+            full_disks: BTreeSet::new(),
+        }))
+    }
+}
+
+impl Log {
+    /// Serials of the disks whose writes wait for space on the host.
+    pub(crate) fn full_disks(&self) -> Vec<String> {
+        self.told().full_disks.iter().cloned().collect()
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        // A thread that panics takes the process with it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Events for Log {
     fn happened(&self, event: DeviceEvent) {
-        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        log.say(format_args!("{event}"));
+        let mut told = self.told();
+        let said = format_args!("{event}");
+        match &event {
+            DeviceEvent::DiskFull { disk } => {
+                told.full_disks.insert(disk.clone());
+                told.space.say(said);
+            }
+            DeviceEvent::DiskHasSpace { disk } => {
+                told.full_disks.remove(disk);
+                told.space.say(said);
+            }
+            _ => told.failures.say(said),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_wait_until_they_have_space() {
+        let log = Log::default();
+        let [one, other] = ["scratch", "vol-0"].map(str::to_owned);
+        log.happened(DeviceEvent::DiskFull { disk: one.clone() });
+        log.happened(DeviceEvent::DiskFull { disk: other.clone() });
+        log.happened(DeviceEvent::DiskHasSpace { disk: one });
+        log.happened(DeviceEvent::Failed {
+            device: "disk".into(),
+            reason: "test".into(),
+        });
+        assert_eq!(log.full_disks(), [other]);
     }
 }

@@ -188,6 +188,9 @@ pub struct Status {
     /// Names of the persistent memory that was added since the boot.
     #[serde(default)]
     pub pmems: Vec<String>,
+    /// Serials of the disks whose writes wait because the host has no space for them.
+    #[serde(default)]
+    pub full_disks: Vec<String>,
     /// Places for devices that are free.
     pub free_slots: u32,
     /// Exits of vCPUs to the VMM by reason, as counted by the VMM.
@@ -360,6 +363,7 @@ mod tests {
             disks: vec!["scratch".into()],
             nics: vec!["eth1".into()],
             pmems: Vec::new(),
+            full_disks: vec!["scratch".into()],
             free_slots: 3,
             exits: vec![("io".into(), 12)],
         });

@@ -1,7 +1,8 @@
 //! For tests: behaves as a VMM towards whoever starts it, or misbehaves as one word of the kernel's command line says.
 //!
 //! `fake.die` ends before it says anything; `fake.fail` leaves an exit record and ends; `fake.mute` says nothing; `fake.babble` says nonsense;
-//! `fake.fork` goes on in a child; `fake.deaf` never answers on the control socket; `fake.refuse` refuses every disk.
+//! `fake.fork` goes on in a child; `fake.deaf` never answers on the control socket; `fake.refuse` refuses every disk. A disk
+//! whose serial begins with `full` waits for space from its start to its end.
 
 #![expect(
     unsafe_code,
@@ -26,6 +27,8 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, SocketFlags, accept_with, recvmsg,
     sendmsg,
 };
+
+const FULL: &str = "full";
 
 fn own(descriptor: Descriptor) -> OwnedFd {
     // SAFETY: inherited for this process to own, and taken once.
@@ -62,6 +65,7 @@ fn main() {
             sleep();
         }
         "fork" => {
+            let (mut told, tells) = std::io::pipe().unwrap();
             // SAFETY: one thread; the child shares nothing that is being changed.
             let pid =
                 unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) };
@@ -70,6 +74,9 @@ fn main() {
                 started.write_all(line.as_bytes()).unwrap();
                 exit(0);
             }
+            // Goes on when the other has told of it and ended.
+            drop(tells);
+            told.read_to_end(&mut Vec::new()).unwrap();
         }
         _ => {}
     }
@@ -149,6 +156,9 @@ fn answer(request: Request, mode: &str, disks: &mut Vec<String>) -> Reply {
             message: "cannot attach it: no addresses are left".into(),
         },
         Request::AddDisk { serial, .. } => {
+            if serial.starts_with(FULL) {
+                eprintln!("no space on the host for disk {serial}");
+            }
             disks.push(serial);
             Reply::Done
         }
@@ -164,6 +174,11 @@ fn answer(request: Request, mode: &str, disks: &mut Vec<String>) -> Reply {
             disks: disks.clone(),
             nics: Vec::new(),
             pmems: Vec::new(),
+            full_disks: disks
+                .iter()
+                .filter(|serial| serial.starts_with(FULL))
+                .cloned()
+                .collect(),
             free_slots: 3,
             exits: Vec::new(),
         }),

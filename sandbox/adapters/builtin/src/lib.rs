@@ -11,6 +11,7 @@ mod disks;
 mod growth;
 mod launch;
 mod machine;
+mod space;
 
 use std::path::PathBuf;
 

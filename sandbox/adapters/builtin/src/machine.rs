@@ -3,7 +3,7 @@
 //! Disks come and go over the control socket in a task of their own, so that a caller who goes away leaves no half-plugged disk; end and kill
 //! are a matter of the pidfd alone, and never talk to the VMM.
 
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, io, path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use caisson_hypervisor::{
@@ -13,9 +13,9 @@ use caisson_hypervisor::{
     user::{Lease, Users},
 };
 use caisson_vmm_api::exit::{Cause, ExitRecord, RECORD_BYTES_MAX};
-use tokio::task::AbortHandle;
+use tokio::{sync::watch, task::AbortHandle};
 
-use crate::{NAME, disks::Disks, growth, launch::Paths};
+use crate::{NAME, disks::Disks, growth, launch::Paths, space};
 
 /// How long an adopted VM may take to name its disks; a restarted daemon has many VMs to adopt.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(3);
@@ -27,6 +27,8 @@ pub(crate) struct BuiltinVm {
     vmm: Process,
     disks: Arc<Disks>,
     keeper: AbortHandle,
+    full: watch::Receiver<BTreeSet<String>>,
+    full_keeper: AbortHandle,
     /// Kept from other VMs while this one is.
     _user: Option<Lease>,
 }
@@ -34,6 +36,7 @@ pub(crate) struct BuiltinVm {
 impl Drop for BuiltinVm {
     fn drop(&mut self) {
         self.keeper.abort();
+        self.full_keeper.abort();
     }
 }
 
@@ -47,7 +50,12 @@ impl BuiltinVm {
     ) -> Self {
         let logs = vec![paths.console.clone(), paths.log.clone()];
         let keeper = tokio::spawn(logs::keep_bounded(logs)).abort_handle();
+        let (told, full) = watch::channel(BTreeSet::new());
+        let waiting = space::Keeper::new(&id, &paths.control, &paths.log, told);
+        let full_keeper = tokio::spawn(waiting.run(vmm.clone())).abort_handle();
         Self {
+            full,
+            full_keeper,
             disks: Arc::new(Disks::new(paths.control.clone(), slots)),
             id,
             paths,
@@ -148,6 +156,10 @@ impl Vm for BuiltinVm {
     async fn grow(&self, growth: VmGrowth) -> Result<(), HypervisorError> {
         let control = self.paths.control.clone();
         finish(tokio::spawn(async move { growth::grow(&control, growth).await })).await
+    }
+
+    fn full_disks(&self) -> watch::Receiver<BTreeSet<String>> {
+        self.full.clone()
     }
 
     async fn wait(&self) -> VmExit {

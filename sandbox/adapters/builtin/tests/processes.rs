@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::PathBuf,
     sync::atomic::{AtomicUsize, Ordering},
@@ -135,6 +136,23 @@ async fn a_vm_takes_disks_and_is_gone_after_a_kill() {
     vm.kill().await.unwrap();
     assert_eq!(vm.wait().await.reason, "caisson-vmm was killed by signal 9");
     assert_eq!(bench.processes(), 0);
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn disks_that_wait_for_space_are_told_of_also_after_an_adoption() {
+    let bench = Bench::new();
+    let driver = driver().await;
+    let vm = driver.launch(bench.spec("space")).await.unwrap();
+    let full = |disks: &BTreeSet<String>| disks.iter().eq(["full-1"]);
+    vm.attach(bench.disk("fine")).await.unwrap();
+    vm.attach(bench.disk("full-1")).await.unwrap();
+    let mut told = vm.full_disks();
+    told.wait_for(full).await.unwrap();
+    let again = driver.adopt(vm.record()).await.unwrap().unwrap();
+    again.full_disks().wait_for(full).await.unwrap();
+    vm.detach("full-1").await.unwrap();
+    told.wait_for(BTreeSet::is_empty).await.unwrap();
     vm.kill().await.unwrap();
 }
 
