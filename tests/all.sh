@@ -42,4 +42,5 @@ stage 'end to end, tuned kernel' make -s e2e-tuned
 stage 'critest' make -s critest
 stage 'kubelet' make -s e2e-kubelet
 stage 'node VM' make -s e2e-node-short
+stage 'critest, node VM' make -s critest-node
 finish

@@ -23,9 +23,10 @@ mkdir -p "$results"
 mkdir "$results/bin"
 cp --reflink=auto target/release/{caissond,caisson-vmm,caisson-vhost-vsock,caisson-file-server,caisson-layer-converter,packages,critest} \
     "$CAISSON_KERNEL" "$CAISSON_INITRAMFS" "$results/bin/"
-export CAISSON_BIN_DIR=$checkout/$results/bin
+# The node's own disk holds what runs in it: what comes through 9p comes page by page and is never cached.
+export CAISSON_BIN_DIR=/var/lib/caisson-tests
 CAISSON_KERNEL=$CAISSON_BIN_DIR/$(basename "$CAISSON_KERNEL") CAISSON_INITRAMFS=$CAISSON_BIN_DIR/$(basename "$CAISSON_INITRAMFS")
 trap '"$here/run.sh" cp -r /tmp/critest /run/node/ 2>/dev/null; cp -r "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME"/{console,exchange/critest} "$results/" 2>/dev/null; "$here/run.sh" --stop' EXIT
-"$here/run.sh" --start || exit 1
+"$here/run.sh" --start && "$here/run.sh" cp -r "$checkout/$results/bin" "$CAISSON_BIN_DIR" || exit 1
 "$here/run.sh" "$CAISSON_BIN_DIR/caissond" --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | grep hypervisor # a fresh node has no network for pods; critest makes its own
 "$here/run.sh" "$CAISSON_BIN_DIR/critest" --report /tmp/critest "$@"

@@ -27,7 +27,8 @@ secure_shell() { # ssh arguments...
 }
 
 launch() { # port
-    local share="-fsdev local,security_model=none,multidevs=remap" qemu=${NODE_QEMU:-qemu-system-x86_64}
+    local share="-fsdev local,security_model=none,multidevs=remap" qemu
+    qemu=${NODE_QEMU:-$("$here/qemu.sh")}
     # TCG of QEMU 7.2 emulates cmpxchg16b wrongly now and then, so the kernel is told not to use it.
     # Its SVM does not intercept xsetbv: KVM never learns which registers a guest saves, and the guest's processes lose their SSE
     # registers at a switch. Without xsave, everybody uses fxsave.

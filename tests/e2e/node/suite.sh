@@ -47,12 +47,16 @@ done < <(sed -nE '/"kind":\["test"\]/s/.*"name":"([a-z_0-9]+)","src_path".*"exec
 mkdir "$results/bin"
 for name in "${!executables[@]}"; do
     cp --reflink=auto "${executables[$name]}" "$results/bin/test-$name"
-    executables[$name]=$checkout/$results/bin/test-$name
+    executables[$name]=/var/lib/caisson-tests/test-$name
 done
 cp --reflink=auto target/release/{caissond,caisson-vmm,caisson-vhost-vsock,caisson-file-server,caisson-layer-converter,packages} "$results/bin/"
 cp --reflink=auto "$CAISSON_KERNEL" "$CAISSON_INITRAMFS" "$results/bin/"
-export CAISSON_BIN_DIR=$checkout/$results/bin
+# The node's own disk holds what runs in it: an executable or a kernel that comes through 9p comes page by page and is never cached.
+export CAISSON_BIN_DIR=/var/lib/caisson-tests
 CAISSON_KERNEL=$CAISSON_BIN_DIR/$(basename "$CAISSON_KERNEL") CAISSON_INITRAMFS=$CAISSON_BIN_DIR/$(basename "$CAISSON_INITRAMFS")
+boot() {
+    "$here/run.sh" --start && "$here/run.sh" cp -r "$checkout/$results/bin" "$CAISSON_BIN_DIR"
+}
 
 wanted=("$@")
 if [ $# = 0 ]; then
@@ -62,7 +66,7 @@ fi
 
 began=$SECONDS
 trap 'cp "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME/console" "$results/console.log"; "$here/run.sh" --stop' EXIT
-"$here/run.sh" --start || exit 1
+boot || exit 1
 "$here/run.sh" "$CAISSON_BIN_DIR/caissond" --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | tee "$results/check.log"
 passed=0 failed=0 skipped=0 deaths=0 broken=()
 run_binary() { # of name and filter; its exit code becomes code
@@ -88,7 +92,7 @@ for one in "${wanted[@]}"; do
         cp "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME/console" "$results/console-of-the-dead.log"
         echo "node suite: once more, in a fresh node"
         "$here/run.sh" --stop
-        "$here/run.sh" --start || exit 1
+        boot || exit 1
         run_binary
     fi
     line=$(grep -E '^test result: ' "$results/$name.log" | tail -n 1)
