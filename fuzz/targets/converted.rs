@@ -1,10 +1,10 @@
-//! A converted layer that a converter wrote which had been taken over, or that a disk spoiled: composed with a sound one, it may fail, and
-//! nothing else.
+//! A converted layer that a converter wrote which had been taken over, or that a disk spoiled: composed, or made an archive
+//! of, it may fail, and nothing else.
 #![no_main]
 
 use std::{fs::File, io::Write};
 
-use caisson_erofs::{Composer, Limits};
+use caisson_erofs::{Composer, Limits, restore_layer};
 use libfuzzer_sys::fuzz_target;
 
 const LIMITS: Limits = Limits {
@@ -34,5 +34,8 @@ fuzz_target!(|input: &[u8]| {
     if composer.layer(&file).is_ok() {
         let (metadata, image) = composer.finish(Vec::new()).unwrap();
         assert_eq!(metadata.len() as u64, image.metadata_bytes);
+    }
+    if let Ok((archive, restored)) = restore_layer(&[file], Vec::new(), &LIMITS) {
+        assert_eq!(archive.len() as u64, restored.bytes);
     }
 });

@@ -16,7 +16,7 @@ use crate::output::Output;
 use crate::path::{self, Destination};
 use crate::record::{Kind, Record};
 use crate::resolve::Missing;
-use crate::tree::{InodeId, Node, ROOT, Tree};
+use crate::tree::{Attributes, InodeId, Node, ROOT, Tree};
 
 /// A composed image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,14 +59,8 @@ impl Composer {
             return Err(ErofsError::AlreadyFailed);
         }
         let layer = ConvertedLayer::open(file)?;
-        self.count(&layer)?;
-        let base = self.blocks;
-        self.tree.begin_layer().map_err(|refusal| refusal.of(b""))?;
-        layer.for_each(|mut record| {
-            let path = std::mem::take(&mut record.path);
-            self.apply(&path, record, base)
-                .map_err(|refusal| refusal.of(&path))
-        })?;
+        self.begin(&layer)?;
+        layer.for_each(|record| self.entry(record))?;
         if layer.summary.data_bytes > 0 {
             self.blocks += layer.blocks();
         }
@@ -91,6 +85,30 @@ impl Composer {
             inodes: plan.inodes(),
         };
         Ok((sink, summary))
+    }
+
+    /// The entries that follow are of this layer, on top of those before.
+    pub(crate) fn begin(&mut self, layer: &ConvertedLayer<'_>) -> Result<(), ErofsError> {
+        self.count(layer)?;
+        self.tree.begin_layer().map_err(|refusal| refusal.of(b""))
+    }
+
+    /// Applies one entry.
+    pub(crate) fn entry(&mut self, mut record: Record) -> Result<(), ErofsError> {
+        let path = std::mem::take(&mut record.path);
+        self.apply(&path, record, self.blocks)
+            .map_err(|refusal| refusal.of(&path))
+    }
+
+    /// What the file has that a hard link names, as composed so far.
+    pub(crate) fn link_attributes(
+        &mut self,
+        link: &Record,
+        target: &[u8],
+    ) -> Result<&Attributes, ErofsError> {
+        let target = self.link_target(target);
+        let target = target.map_err(|refusal| refusal.of(&link.path))?;
+        Ok(&self.tree.inode(target).attributes)
     }
 
     fn count(&mut self, layer: &ConvertedLayer<'_>) -> Result<(), ErofsError> {

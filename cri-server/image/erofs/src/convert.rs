@@ -301,6 +301,11 @@ impl<'f> ConvertedLayer<'f> {
         Ok(())
     }
 
+    /// Fills `buffer` from the contents that begin in block `start`, `offset` bytes on.
+    pub(crate) fn read_contents(&self, buffer: &mut [u8], start: u32, offset: u64) -> Result<(), ErofsError> {
+        read_at(self.file, buffer, u64::from(start) * BLOCK + offset)
+    }
+
     fn check(&self, record: &Record) -> Result<(), ErofsError> {
         let Kind::Regular { size, start } = record.kind else {
             return Ok(());
@@ -321,7 +326,7 @@ fn unreadable(source: io::Error) -> ErofsError {
     ErofsError::Converted { source }
 }
 
-fn damaged(what: &'static str) -> ErofsError {
+pub(crate) fn damaged(what: &'static str) -> ErofsError {
     unreadable(io::Error::new(io::ErrorKind::InvalidData, what))
 }
 

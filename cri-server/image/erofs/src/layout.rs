@@ -197,6 +197,11 @@ pub(crate) fn device_number(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
+/// Major and minor of such a number.
+pub(crate) fn device_parts(number: u32) -> (u32, u32) {
+    ((number >> 8) & 0xfff, (number & 0xff) | ((number >> 12) & !0xff))
+}
+
 /// A zeroed structure that fields are put into.
 struct Fields<const N: usize>([u8; N]);
 
@@ -249,5 +254,8 @@ mod tests {
         assert_eq!(device_number(1, 3), 0x103);
         assert_eq!(device_number(0xfff, 0xfffff), u32::MAX);
         assert_eq!(device_number(259, 0x12345), 0x1231_0345);
+        for parts in [(0, 0), (1, 3), (0xfff, 0xfffff), (259, 0x12345)] {
+            assert_eq!(device_parts(device_number(parts.0, parts.1)), parts);
+        }
     }
 }

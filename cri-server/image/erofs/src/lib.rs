@@ -1,5 +1,5 @@
 //! Layer archives in, EROFS images out, in two steps: each layer is converted once, in one pass; the metadata of an image is composed of
-//! its converted layers.
+//! its converted layers. And back: out of a converted layer an archive is made again.
 //!
 //! Owns the tar parser that the whole project uses, the rules by which layers are stacked (whiteouts, hard links, implicit
 //! directories), and the on-disk formats. Must not know registries, digests, compression or stores: it is given uncompressed archives and
@@ -19,6 +19,7 @@ mod output;
 mod path;
 mod record;
 mod resolve;
+mod restore;
 mod tar;
 mod tree;
 mod xattr;
@@ -28,3 +29,5 @@ pub use convert::{LayerSummary, convert_layer};
 pub use error::{ArchiveProblem, EntryProblem, ErofsError, ErrorKind, LimitKind};
 pub use limits::Limits;
 pub use members::{Member, MemberContent, members};
+pub use restore::{RestoredLayer, restore_layer};
+pub use tar::member_header;

@@ -1,4 +1,4 @@
-//! The one tar parser: a stream of bytes in, entries with all their extensions applied out.
+//! The one tar parser: a stream of bytes in, entries with all their extensions applied out. And headers the other way, in `written.rs`.
 //!
 //! Reads V7, ustar, star, GNU and PAX headers the way Go's archive/tar does, because that is how the rest of the container world sees
 //! the same bytes; wherever parsers are known to disagree (two extension headers, a lone zero block, sparse files) it refuses instead
@@ -6,6 +6,7 @@
 
 mod header;
 mod pax;
+mod written;
 
 use std::io::{BufRead, BufReader, Read};
 
@@ -13,6 +14,9 @@ use crate::error::{ArchiveProblem, ErofsError, LimitKind};
 use crate::limits::{MAX_EXTENSION_BYTES, MAX_TRAILING_BYTES};
 use header::{BLOCK, Block};
 use pax::PaxRecords;
+
+pub use written::member_header;
+pub(crate) use written::{END, Written, padding};
 
 /// An entry of the archive. Its contents, if it is a regular file, are read from the [`Archive`] next.
 #[derive(Debug)]

@@ -49,6 +49,26 @@ pub(crate) fn encode(xattrs: &[(Vec<u8>, Vec<u8>)], limit: usize) -> Result<Box<
     Ok(bytes.into_boxed_slice())
 }
 
+/// Names and values out of their form on disk. `None` if it is none.
+pub(crate) fn decode(mut bytes: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut xattrs = Vec::new();
+    while !bytes.is_empty() {
+        let (&[suffix, index, low, high], rest) = bytes.split_first_chunk::<4>()?;
+        let (suffix, value) = (usize::from(suffix), usize::from(u16::from_le_bytes([low, high])));
+        let (name, rest) = rest.split_at_checked(suffix)?;
+        let (value, rest) = rest.split_at_checked(value)?;
+        let written = bytes.len() - rest.len();
+        let padding = written.next_multiple_of(XATTR_ALIGNMENT) - written;
+        bytes = rest.get(padding..)?;
+        let (prefix, _) = NAMESPACES.iter().find(|(_, known)| *known == index)?;
+        let name = [*prefix, name].concat();
+        // What was not let in does not come out.
+        classify(&name).filter(|_| !name.contains(&0) && !name.contains(&b'='))?;
+        xattrs.push((name, value.to_vec()));
+    }
+    Some(xattrs)
+}
+
 fn classify(name: &[u8]) -> Option<(u8, &[u8])> {
     if name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.") {
         return None;
@@ -92,6 +112,10 @@ mod tests {
         ];
         let bytes = encode(&given, 64).unwrap();
         assert_eq!(&*bytes, b"\x01\x01\x02\x00a23\x00\x01\x01\x01\x00b1\x00\x00");
+        assert_eq!(
+            decode(&bytes),
+            Some(vec![pair(b"user.a", b"23"), pair(b"user.b", b"1")])
+        );
         assert!(matches!(
             encode(&given, 15),
             Err(Refusal::Limit(LimitKind::XattrBytes, 15))
@@ -101,5 +125,22 @@ mod tests {
             encode(&long, 1 << 20),
             Err(Refusal::Entry(EntryProblem::XattrTooLong))
         ));
+    }
+
+    #[test]
+    fn what_is_no_list_of_attributes_is_not_read_as_one() {
+        assert_eq!(decode(b""), Some(Vec::new()));
+        for bad in [
+            &b"\x01"[..],
+            b"\x02\x01\x00\x00a",
+            b"\x01\x01\x02\x00a2",
+            b"\x01\x01\x01\x00a1",
+            b"\x01\x05\x01\x00a1\x00\x00",
+            b"\x00\x01\x00\x00",
+            b"\x01\x01\x00\x00=\x00\x00\x00",
+            b"\x08\x01\x00\x00overlay.",
+        ] {
+            assert_eq!(decode(bad), None, "{bad:?}");
+        }
     }
 }

@@ -9,8 +9,9 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::io::{Read, Seek};
 
-use caisson_erofs::Limits;
+use caisson_erofs::{Limits, convert_layer, restore_layer};
 use proptest::prelude::*;
 use support::layer::{Layer, Meta};
 use support::oracle::{check, fsck};
@@ -252,6 +253,19 @@ proptest! {
             written.push(layer(&ops));
         }
         prop_assert_eq!(image_of(&written), expected);
+    }
+
+    #[test]
+    fn an_archive_that_is_made_again_converts_to_the_same_layer(ops in prop::collection::vec(op(), 0..30)) {
+        let limits = Limits::default();
+        let (mut file, summary) = convert_layer(layer(&ops).as_slice(), tempfile::tempfile().unwrap(), &limits).unwrap();
+        let mut converted = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut converted).unwrap();
+        let (archive, restored) = restore_layer(&[file], Vec::new(), &limits).unwrap();
+        prop_assert_eq!((restored.bytes, restored.entries), (archive.len() as u64, summary.entries));
+        let (again, _) = convert_layer(archive.as_slice(), Vec::new(), &limits).unwrap();
+        prop_assert!(again == converted);
     }
 
     #[test]
