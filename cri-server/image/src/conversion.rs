@@ -3,6 +3,8 @@
 //! The compressed bytes are hashed here, on their way into the process; what it says of the uncompressed ones is compared with the image's
 //! config. Must not know registries and the store.
 
+mod restoration;
+
 use std::{
     error::Error,
     fs::File,
@@ -137,7 +139,9 @@ impl Converters {
             Reply::Failed { fault, message, .. } => {
                 return Err(self.failure(&layer.blob.digest, fault, message));
             }
-            Reply::Composed(_) => return Err(strange("another question was answered")),
+            Reply::Composed(_) | Reply::Restored(_) => {
+                return Err(strange("another question was answered"));
+            }
         };
         let diff_id = Digest::parse(&format!("{}:{}", layer.diff_id.algorithm(), converted.diff_id))
             .ok_or_else(|| strange("its diff id is none"))?;
@@ -177,7 +181,7 @@ impl Converters {
                 Some((digest, _)) => self.failure(digest, fault, message),
                 None => Failure::Process(io::Error::other(message)),
             }),
-            Reply::Converted(_) => Err(strange("another question was answered")),
+            Reply::Converted(_) | Reply::Restored(_) => Err(strange("another question was answered")),
         }
     }
 

@@ -84,9 +84,9 @@ struct RawPlatform {
 }
 
 /// The name of an entry as containerd, and so Docker, writes it: a whole reference.
-const CONTAINERD_NAME: &str = "io.containerd.image.name";
+pub(crate) const CONTAINERD_NAME: &str = "io.containerd.image.name";
 /// ... and as the specification has it: what the tool was told, a tag or a reference.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
+pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 impl Layout {
     /// Opens what is at `path`; a compressed archive is decompressed into `temporary`, into at most `max_bytes`.

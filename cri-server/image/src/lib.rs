@@ -17,6 +17,7 @@ mod conversion;
 mod digest;
 mod error;
 mod examination;
+mod export;
 mod flights;
 mod hosts;
 mod index;
@@ -36,6 +37,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::SystemTime};
 
 pub use error::{ErrorKind, ImageError, RegistryError};
 pub use examination::{Damage, Examination, examine};
+pub use export::{ExportError, Exported, Wanted, export};
 pub use signature::{SignatureRule, SignatureRules};
 
 use crate::{

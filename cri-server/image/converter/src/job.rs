@@ -1,21 +1,22 @@
-//! The two things the process can do.
+//! The three things the process can do.
 
 use std::{
     error::Error,
     fs::File,
-    io::{self, BufReader},
+    io::{self, BufReader, BufWriter},
 };
 
-use caisson_erofs::{Composer, ErofsError, ErrorKind, Limits, convert_layer};
+use caisson_erofs::{Composer, ErofsError, ErrorKind, Limits, convert_layer, restore_layer};
 
 use crate::{
     decompression::{Uncompressed, decoder},
     failed,
-    protocol::{Composed, Converted, Fault, HashAlgorithm, JobLimits, Reply},
+    protocol::{Composed, Converted, Fault, HashAlgorithm, JobLimits, Reply, Restored},
     verity::Measured,
 };
 
 const INPUT_BUFFER_BYTES: usize = 256 << 10;
+const OUTPUT_BUFFER_BYTES: usize = 256 << 10;
 
 /// What a failure is answered with.
 type Outcome = Result<Reply, Reply>;
@@ -77,6 +78,19 @@ pub(crate) fn compose(files: Vec<File>, job: JobLimits) -> Outcome {
         bytes: summary.metadata_bytes,
         inodes: summary.inodes,
         verity: output.digest(),
+    }))
+}
+
+/// Writes the archive of the last layer to the first descriptor.
+pub(crate) fn restore(files: Vec<File>, job: JobLimits) -> Outcome {
+    let (output, layers) = files.split_first().ok_or_else(misused)?;
+    let last = layers.len().checked_sub(1).ok_or_else(misused)?;
+    let output = BufWriter::with_capacity(OUTPUT_BUFFER_BYTES, output);
+    let (_, restored) =
+        restore_layer(layers, output, &limits(job)).map_err(|error| failed(fault(&error), last, &error))?;
+    Ok(Reply::Restored(Restored {
+        bytes: restored.bytes,
+        entries: restored.entries,
     }))
 }
 
@@ -153,6 +167,16 @@ mod tests {
         output.rewind().unwrap();
         let measured = crate::verity::measure(&output).unwrap();
         assert_eq!(measured, (converted.verity, converted.bytes));
+        let mut again = tempfile::tempfile().unwrap();
+        let files = vec![again.try_clone().unwrap(), output.try_clone().unwrap()];
+        let Ok(Reply::Restored(restored)) = restore(files, LIMITS) else {
+            panic!("not restored");
+        };
+        let mut bytes = Vec::new();
+        again.rewind().unwrap();
+        again.read_to_end(&mut bytes).unwrap();
+        assert_eq!((restored.entries, restored.bytes), (1, bytes.len() as u64));
+        assert!(bytes.windows(7).any(|window| window == b"content"));
         let metadata = tempfile::tempfile().unwrap();
         let files = vec![metadata.try_clone().unwrap(), output];
         let Ok(Reply::Composed(composed)) = compose(files, LIMITS) else {
@@ -193,6 +217,14 @@ mod tests {
                 ..
             })
         ));
+        assert!(matches!(
+            restore(vec![tempfile::tempfile().unwrap(), file(b"no layer")], LIMITS),
+            Err(Reply::Failed {
+                fault: Fault::Host,
+                ..
+            })
+        ));
         assert!(convert(Vec::new(), LIMITS, HashAlgorithm::Sha512).is_err());
+        assert!(restore(vec![tempfile::tempfile().unwrap()], LIMITS).is_err());
     }
 }

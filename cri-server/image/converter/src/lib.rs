@@ -1,5 +1,5 @@
 //! The confined process that reads what registries send: one layer in, one converted layer out; or converted layers in, the metadata of
-//! an image out.
+//! an image or the archive of a layer out.
 //!
 //! Owns the request, the confinement, decompression and the digests of what it reads and writes. Must not know registries, stores or
 //! names: it gets descriptors. Whoever starts it hashes the compressed bytes itself, so that a process that was taken over by a layer can
@@ -49,6 +49,7 @@ fn serve() -> Result<(), Failure> {
     let reply = match request {
         Request::Convert { limits, diff_id } => job::convert(files, limits, diff_id),
         Request::Compose { limits } => job::compose(files, limits),
+        Request::Restore { limits } => job::restore(files, limits),
     };
     let reply = reply.unwrap_or_else(|failed| failed);
     let bytes = serde_json::to_vec(&reply).map_err(Failure::Form)?;
@@ -63,7 +64,7 @@ fn needs(request: &Request) -> Needs {
             file_bytes: limits.max_image_bytes,
         },
         // Names and metadata are counted by their parts; what lies between them is not.
-        Request::Compose { limits } => Needs {
+        Request::Compose { limits } | Request::Restore { limits } => Needs {
             memory_bytes: 4 << 30,
             file_bytes: limits.max_image_bytes,
         },

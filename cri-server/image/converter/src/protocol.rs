@@ -26,6 +26,11 @@ pub enum Request {
         /// What it may cost.
         limits: JobLimits,
     },
+    /// Makes the archive of a layer again. Descriptors: where it goes (a pipe), and the converted layers of an image up to that one, bottom first.
+    Restore {
+        /// What it may cost.
+        limits: JobLimits,
+    },
 }
 
 /// What one request may cost.
@@ -53,7 +58,9 @@ pub enum Reply {
     Converted(Converted),
     /// The image is composed.
     Composed(Composed),
-    /// Neither.
+    /// The archive is written.
+    Restored(Restored),
+    /// Nothing of that.
     Failed {
         /// Whose fault it was.
         fault: Fault,
@@ -90,6 +97,15 @@ pub struct Composed {
     pub inodes: u64,
     /// The output's fs-verity digest, lower case digits.
     pub verity: String,
+}
+
+/// The archive of a layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restored {
+    /// Its length.
+    pub bytes: u64,
+    /// Its entries.
+    pub entries: u64,
 }
 
 /// Whose fault a failure is.

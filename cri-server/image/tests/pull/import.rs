@@ -8,10 +8,10 @@ use serde_json::json;
 use crate::fixture::{OCI_INDEX, Packing, TestImage, TestStore, archive, digest, holds};
 
 /// Names and contents.
-type Files = Vec<(String, Vec<u8>)>;
+pub(crate) type Files = Vec<(String, Vec<u8>)>;
 
 /// An image layout as a list of files.
-fn layout(images: &[(&TestImage, &str, &str)]) -> Files {
+pub(crate) fn layout(images: &[(&TestImage, &str, &str)]) -> Files {
     let mut files = vec![(
         "oci-layout".to_owned(),
         br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec(),
@@ -41,7 +41,7 @@ fn write_directory(root: &Path, files: &[(String, Vec<u8>)]) {
     }
 }
 
-fn tar(files: &[(String, Vec<u8>)]) -> Vec<u8> {
+pub(crate) fn tar(files: &[(String, Vec<u8>)]) -> Vec<u8> {
     let files: Vec<_> = files
         .iter()
         .map(|(name, content)| (name.as_str(), content.as_slice()))

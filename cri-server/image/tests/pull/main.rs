@@ -8,6 +8,7 @@
 )]
 
 mod credentials;
+mod export;
 mod fake;
 mod fixture;
 mod hostile;
