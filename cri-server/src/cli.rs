@@ -46,7 +46,7 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// List, import and pin images: through the daemon when one runs, else in its store
+    /// List, import, export and pin images: through the daemon when one runs, else in its store
     #[command(subcommand)]
     Image(ImageCommand),
 }
@@ -65,6 +65,9 @@ Examples:
   Bring images to a node without a registry:
       docker save registry.example/app:v1 | caissond image import -
       caissond image import --pin /media/layout
+
+  And from one node to another:
+      caissond image export registry.example/app:v1 - | ssh other caissond image import -
 
   Give it to kubelet:
       kubelet --container-runtime-endpoint=unix:///run/caisson/caisson.sock

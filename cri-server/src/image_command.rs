@@ -1,7 +1,9 @@
-//! `caissond image`: lists, imports and pins images.
+//! `caissond image`: lists, imports, exports and pins images.
 //!
 //! The store belongs to one process at a time. When a daemon runs, it does the work and this asks for it over the CRI socket; when none
-//! does, the store is opened here, under the lock that a daemon would take.
+//! does, the store is opened here, under the lock that a daemon would take. Files that never change are read here either way.
+
+mod export;
 
 use std::{
     io::{self, Write},
@@ -43,6 +45,18 @@ pub enum ImageCommand {
         #[arg(long)]
         pin: bool,
     },
+    /// Write images into an archive of an OCI image layout, which docker load, ctr, skopeo and image import read.
+    ///
+    /// Layers are kept converted, so their archives are made anew: files, owners, times, attributes, links and whiteouts are those of the image, the
+    /// bytes not always. What Docker, BuildKit and containerd wrote usually comes out as it was; otherwise the digests of these layers differ from
+    /// the registry's, and with them the image's id. What is printed says so.
+    Export {
+        /// Names, ids or beginnings of them; a tag goes out alone, anything else with all tags of the image
+        #[arg(required = true, value_name = "REFERENCE")]
+        images: Vec<String>,
+        /// The archive, put in place when it is whole; - writes to standard output
+        file: PathBuf,
+    },
     /// Read every byte of the store and compare it with its digest; exit status 0 when nothing is damaged
     Check {
         /// Delete damaged files: the images that need them are pulled again
@@ -83,6 +97,9 @@ pub async fn run(config: &Config, command: ImageCommand) -> anyhow::Result<Strin
                 .iter()
                 .map(|image| format!("{} {}\n", image.id, image.repo_tags.join(" ")))
                 .collect())
+        }
+        ImageCommand::Export { images: wanted, file } => {
+            export::export(config, &images().await?, wanted, &file).await
         }
         ImageCommand::Pin { image } => Ok(format!("{}\n", images().await?.pin(image, true).await?)),
         ImageCommand::Unpin { image } => Ok(format!("{}\n", images().await?.pin(image, false).await?)),
@@ -180,6 +197,26 @@ impl Images {
         }
     }
 
+    /// What an export has to know of an image.
+    async fn describe(&self, image: String) -> anyhow::Result<admin::DescribeResponse> {
+        match self {
+            Self::Daemon(channel) => {
+                let mut client =
+                    ImagesClient::new(channel.clone()).max_decoding_message_size(MAX_ANSWER_BYTES);
+                let answer = client.describe(admin::DescribeRequest { image }).await;
+                Ok(answer.map_err(refused)?.into_inner())
+            }
+            Self::Here { store, .. } => match store.get(&image).await.map_err(failed)? {
+                Some(found) => Ok(admin::DescribeResponse {
+                    id: found.id,
+                    repo_tags: found.repo_tags,
+                    config: found.config.raw,
+                }),
+                None => Err(absent(&image)),
+            },
+        }
+    }
+
     async fn pin(&self, image: String, pinned: bool) -> anyhow::Result<String> {
         match self {
             Self::Daemon(channel) => {
@@ -189,7 +226,7 @@ impl Images {
             }
             Self::Here { store, .. } => match store.pin(&image, pinned).await.map_err(failed)? {
                 Some(image) => Ok(image.id),
-                None => Err(anyhow::anyhow!("image {image:?} is not in the store")),
+                None => Err(absent(&image)),
             },
         }
     }
@@ -199,6 +236,10 @@ impl Images {
 #[expect(clippy::needless_pass_by_value, reason = "the form that map_err wants")]
 fn refused(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{}", status.message())
+}
+
+fn absent(image: &str) -> anyhow::Error {
+    anyhow::anyhow!("image {image:?} is not in the store")
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the form that map_err wants")]

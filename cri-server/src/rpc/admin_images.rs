@@ -1,4 +1,4 @@
-//! Import and Pin: what `caissond image` asks of the daemon that runs. Who can connect to the socket is as good as root already.
+//! Import, Pin and Describe: what `caissond image` asks of the daemon that runs. Who can connect to the socket is as good as root already.
 
 use std::path::Path;
 
@@ -26,6 +26,14 @@ impl Images for Cri {
     async fn pin(&self, request: Request<admin::PinRequest>) -> Result<Response<admin::PinResponse>, Status> {
         observe("Pin", Effect::Change, pin(self.runtime(), request.into_inner())).await
     }
+
+    async fn describe(
+        &self,
+        request: Request<admin::DescribeRequest>,
+    ) -> Result<Response<admin::DescribeResponse>, Status> {
+        let work = describe(self.runtime(), request.into_inner());
+        observe("Describe", Effect::Read, work).await
+    }
 }
 
 async fn import(runtime: &Runtime, request: admin::ImportRequest) -> Result<admin::ImportResponse, RpcError> {
@@ -51,6 +59,22 @@ async fn pin(runtime: &Runtime, request: admin::PinRequest) -> Result<admin::Pin
     note("image", wanted);
     match runtime.images.pin(wanted, request.pinned).await? {
         Some(image) => Ok(admin::PinResponse { id: image.id }),
+        None => Err(RpcError::ImageMissing(request.image)),
+    }
+}
+
+async fn describe(
+    runtime: &Runtime,
+    request: admin::DescribeRequest,
+) -> Result<admin::DescribeResponse, RpcError> {
+    let wanted = id("image", &request.image)?;
+    note("image", wanted);
+    match runtime.images.get(wanted).await? {
+        Some(image) => Ok(admin::DescribeResponse {
+            id: image.id,
+            repo_tags: image.repo_tags,
+            config: image.config.raw,
+        }),
         None => Err(RpcError::ImageMissing(request.image)),
     }
 }

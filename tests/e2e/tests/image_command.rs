@@ -1,4 +1,4 @@
-//! `caissond image`: an archive becomes an image, with and without a daemon, and the CRI knows it.
+//! `caissond image`: an archive becomes an image and an image an archive, with and without a daemon, and the CRI knows it.
 
 use std::{
     fs,
@@ -45,12 +45,17 @@ fn archive(host: &Host, name: &str) -> Result<std::path::PathBuf> {
 
 /// Runs `caissond image` on the test's directories.
 fn caissond(host: &Host, words: &[&str]) -> Result<Output> {
+    caissond_in(host, "root", words)
+}
+
+/// ... with the store below a directory of this name.
+fn caissond_in(host: &Host, root: &str, words: &[&str]) -> Result<Output> {
     let path = |part: &str| host.dir().join(part);
     Ok(Command::new(Product::find()?.bin.join("caissond"))
         .arg("image")
         .args(words)
         .arg("--root")
-        .arg(path("root"))
+        .arg(path(root))
         .arg("--run-dir")
         .arg(path("run"))
         .arg("--listen")
@@ -106,9 +111,77 @@ fn an_archive_becomes_an_image_with_a_daemon_and_without() -> Result<()> {
         ensure!(said.contains("absent"), "{said}");
         let said = fails(&host, &["import", "/etc/hostname"])?;
         ensure!(said.contains("/etc/hostname"), "{said}");
+        let exported = exported_beside_a_daemon(&host, name)?;
         drop(daemon);
+        it_is_the_same_in_another_store(&host, name, &exported)?;
         damage_is_found_and_repaired(&host, &archive)
     })
+}
+
+/// An archive of an image, in place and whole, or not there.
+fn exported_beside_a_daemon(host: &Host, name: &str) -> Result<std::path::PathBuf> {
+    let directory = host.dir().join("exported");
+    fs::create_dir(&directory)?;
+    let file = directory.join("image.tar");
+    let said = succeeds(host, &["export", name, text(&file)?])?;
+    ensure!(said.starts_with("sha256:") && said.contains(name), "{said}");
+    let said = fails(host, &["export", "registry.example/absent", text(&file)?])?;
+    ensure!(said.contains("absent"), "{said}");
+    let said = fails(host, &["export", name, "/dev/null"])?;
+    ensure!(said.contains("/dev/null"), "{said}");
+    ensure!(
+        fs::read_dir(&directory)?.count() == 1,
+        "something was left behind"
+    );
+
+    // The same by a pipe: what is for people is not in it.
+    let output = caissond(host, &["export", name, "-"])?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(
+        output.stdout == fs::read(&file)?,
+        "a pipe gets another archive than a file"
+    );
+    Ok(file)
+}
+
+/// Out of the archive comes what the first store has, file by file.
+fn it_is_the_same_in_another_store(host: &Host, name: &str, archive: &Path) -> Result<()> {
+    let output = caissond_in(host, "other", &["import", text(archive)?])?;
+    ensure!(output.status.success(), "{output:?}");
+    let output = caissond_in(host, "other", &["list", "--json"])?;
+    let list: Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(list["images"][0]["repoTags"] == json!([name]), "{list}");
+    for (kind, extension) in [("layers", "layer"), ("images", "metadata")] {
+        let stored = |root: &str| contents(&host.dir().join(root).join("images").join(kind), extension);
+        let (here, there) = (stored("root")?, stored("other")?);
+        ensure!(
+            !here.is_empty() && here == there,
+            "the {kind} of the stores differ"
+        );
+    }
+
+    // Without a daemon, and what became of the layers once stays.
+    let again = host.dir().join("exported/again.tar");
+    let output = caissond_in(host, "other", &["export", name, text(&again)?])?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(
+        fs::read(&again)? == fs::read(archive)?,
+        "an export of an export is another archive"
+    );
+    Ok(())
+}
+
+/// What the files with this extension hold, whatever their names.
+fn contents(directory: &Path, extension: &str) -> Result<Vec<Vec<u8>>> {
+    let mut contents = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|found| found == extension) {
+            contents.push(fs::read(path)?);
+        }
+    }
+    contents.sort();
+    Ok(contents)
 }
 
 /// One bit of a stored layer: who reads every byte finds it, and a new import mends it.
