@@ -4,7 +4,7 @@
 
 use std::{fs::File, io::Write};
 
-use caisson_erofs::{Composer, Limits, restore_layer};
+use caisson_erofs::{Composer, Limits, ModeBits, restore_layer};
 use libfuzzer_sys::fuzz_target;
 
 const LIMITS: Limits = Limits {
@@ -35,7 +35,7 @@ fuzz_target!(|input: &[u8]| {
         let (metadata, image) = composer.finish(Vec::new()).unwrap();
         assert_eq!(metadata.len() as u64, image.metadata_bytes);
     }
-    if let Ok((archive, restored)) = restore_layer(&[file], Vec::new(), &LIMITS) {
+    if let Ok((archive, restored)) = restore_layer(&[file], Vec::new(), ModeBits::FileType, &LIMITS) {
         assert_eq!(archive.len() as u64, restored.bytes);
     }
 });

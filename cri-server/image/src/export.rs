@@ -5,7 +5,7 @@
 //! wrote that read a registry's bytes.
 //!
 //! ```text
-//! recipe -> each layer: fs-verity digest -> confined process: archive -> digest [diff id of the config?] -> blob
+//! recipe -> each layer: fs-verity digest -> confined process: archive -> digest [diff id of the config? else modes in the other form] -> blob
 //!        -> config (to the byte, or with other diff ids) -> manifest -> index.json, manifest.json
 //! ```
 
@@ -20,7 +20,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use caisson_layer_converter::verity;
+use caisson_layer_converter::{protocol::ModeBits, verity};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     composition::Compositions,
     conversion::{Converters, Failure},
     digest::Digest,
-    layers::Layers,
+    layers::{LayerRecord, Layers},
     manifest::{self, Unusable},
     reference::Reference,
     transfer::CHANNEL_CHUNKS,
@@ -109,7 +109,7 @@ pub async fn export(
 ) -> Result<Vec<Exported>, ExportError> {
     let mut export = Export {
         layers: Arc::new(Layers::at(&config.root)),
-        compositions: Compositions::at(&config.root),
+        compositions: Arc::new(Compositions::at(&config.root)),
         converters: Converters::new(config.converter.clone(), config.max_image_bytes),
         archive: Arc::new(Mutex::new(Archive::new(output))),
         made: BTreeMap::new(),
@@ -137,7 +137,7 @@ pub async fn export(
 
 struct Export {
     layers: Arc<Layers>,
-    compositions: Compositions,
+    compositions: Arc<Compositions>,
     converters: Converters,
     archive: Arc<Mutex<Archive>>,
     /// What became of layers, by the layer and all that it lies on: hard links may lead there.
@@ -152,7 +152,9 @@ impl Export {
             reason,
         };
         let not_whole = || refused("the store does not have all of it".into());
-        let recipe = self.compositions.recipe(&wanted.id).ok_or_else(not_whole)?;
+        let (compositions, id) = (self.compositions.clone(), wanted.id.clone());
+        let recipe = blocking(move || compositions.recipe(&id)).await?;
+        let recipe = recipe.ok_or_else(not_whole)?;
         if Digest::of(wanted.config.as_bytes()).to_string() != wanted.id {
             return Err(refused("its config is damaged".into()));
         }
@@ -164,10 +166,11 @@ impl Export {
         })?;
         let mut opened = Vec::new();
         let mut layers = Vec::new();
-        for hex in &recipe.layers {
-            opened.push(self.open(wanted, hex).await?);
+        for (hex, known) in recipe.layers.iter().zip(&known) {
+            let (digest, file, record) = self.open(wanted, hex).await?;
+            opened.push((digest, file));
             let below = recipe.layers.iter().take(opened.len()).cloned().collect();
-            layers.push(self.layer(wanted, &opened, below).await?);
+            layers.push(self.layer(wanted, &opened, (record, known), below).await?);
         }
         let changed = layers
             .iter()
@@ -189,7 +192,7 @@ impl Export {
     }
 
     /// Opens a layer and reads every byte of it.
-    async fn open(&self, wanted: &Wanted, hex: &str) -> Result<(Digest, File), ExportError> {
+    async fn open(&self, wanted: &Wanted, hex: &str) -> Result<(Digest, File, LayerRecord), ExportError> {
         let layers = self.layers.clone();
         let name = match hex.len() {
             128 => format!("sha512:{hex}"),
@@ -202,7 +205,7 @@ impl Export {
         };
         let digest = Digest::parse(&name).ok_or_else(|| damaged("its name is no digest".into()))?;
         let wanted_digest = digest.clone();
-        let file = blocking(move || {
+        let opened = blocking(move || {
             let record = layers
                 .record(wanted_digest.hex())
                 .ok_or("nothing is known of it")?;
@@ -218,50 +221,68 @@ impl Export {
                     record.verity
                 ));
             }
-            Ok(file)
+            Ok((file, record))
         });
-        Ok((digest, file.await?.map_err(damaged)?))
+        let (file, record) = opened.await?.map_err(damaged)?;
+        Ok((digest, file, record))
     }
 
-    /// Adds the last of these layers.
+    /// Adds the last of these layers, whose archive was `known` once.
     async fn layer(
         &mut self,
         wanted: &Wanted,
         opened: &[(Digest, File)],
+        (record, known): (LayerRecord, &Digest),
         below: Vec<String>,
     ) -> Result<Descriptor, ExportError> {
         if let Some(made) = self.made.get(&below) {
             return Ok(made.clone());
         }
-        let name = opened
-            .last()
-            .map(|(digest, _)| digest.to_string())
-            .unwrap_or_default();
+        let cap = most_bytes(record.bytes, record.entries);
+        let mut made = self.make(wanted, opened, ModeBits::Permissions, cap).await?;
+        // They differ in no length: with another one it was neither.
+        if made.digest != *known && made.size == record.uncompressed_bytes {
+            made = self.make(wanted, opened, ModeBits::FileType, cap).await?;
+            if made.digest != *known {
+                made = self.make(wanted, opened, ModeBits::Permissions, cap).await?;
+            }
+        }
+        let blob = made.clone();
+        self.write(move |archive| archive.keep(&blob)).await?;
+        self.made.insert(below, made.clone());
+        Ok(made)
+    }
+
+    /// Makes the archive of the last of these layers.
+    async fn make(
+        &self,
+        wanted: &Wanted,
+        opened: &[(Digest, File)],
+        modes: ModeBits,
+        cap: u64,
+    ) -> Result<Descriptor, ExportError> {
         let failed = |source: Box<dyn Error + Send + Sync>| ExportError::Layer {
             image: wanted.reference.clone(),
-            layer: name.clone(),
+            layer: opened
+                .last()
+                .map(|(digest, _)| digest.to_string())
+                .unwrap_or_default(),
             source,
         };
-        let record = opened
-            .last()
-            .and_then(|(digest, _)| self.layers.record(digest.hex()));
-        let cap = record.map_or(0, |record| most_bytes(record.bytes, record.entries));
         let (sink, mut chunks) = mpsc::channel(CHANNEL_CHUNKS);
         let (written, restored) = tokio::join!(
             self.write(move |archive| archive.stream(&mut chunks, cap)),
-            self.converters.restore(opened, sink)
+            self.converters.restore(opened, modes, sink)
         );
-        let blob = match (written, restored) {
-            (Ok(blob), Ok(_)) => blob,
+        match (written, restored) {
+            (Ok(blob), Ok(_)) => Ok(blob),
             // The end of one is the end of the other: whoever ended first knows why.
             (Err(ExportError::Output(error)), _) if error.kind() == io::ErrorKind::FileTooLarge => {
-                return Err(failed(error.into()));
+                Err(failed(error.into()))
             }
-            (Err(error), Ok(_) | Err(Failure::Cut)) => return Err(error),
-            (_, Err(failure)) => return Err(failed(cause(failure))),
-        };
-        self.made.insert(below, blob.clone());
-        Ok(blob)
+            (Err(error), Ok(_) | Err(Failure::Cut)) => Err(error),
+            (_, Err(failure)) => Err(failed(cause(failure))),
+        }
     }
 
     async fn write<T: Send + 'static>(

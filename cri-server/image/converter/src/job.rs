@@ -11,7 +11,7 @@ use caisson_erofs::{Composer, ErofsError, ErrorKind, Limits, convert_layer, rest
 use crate::{
     decompression::{Uncompressed, decoder},
     failed,
-    protocol::{Composed, Converted, Fault, HashAlgorithm, JobLimits, Reply, Restored},
+    protocol::{Composed, Converted, Fault, HashAlgorithm, JobLimits, ModeBits, Reply, Restored},
     verity::Measured,
 };
 
@@ -82,12 +82,16 @@ pub(crate) fn compose(files: Vec<File>, job: JobLimits) -> Outcome {
 }
 
 /// Writes the archive of the last layer to the first descriptor.
-pub(crate) fn restore(files: Vec<File>, job: JobLimits) -> Outcome {
+pub(crate) fn restore(files: Vec<File>, job: JobLimits, modes: ModeBits) -> Outcome {
     let (output, layers) = files.split_first().ok_or_else(misused)?;
     let last = layers.len().checked_sub(1).ok_or_else(misused)?;
     let output = BufWriter::with_capacity(OUTPUT_BUFFER_BYTES, output);
-    let (_, restored) =
-        restore_layer(layers, output, &limits(job)).map_err(|error| failed(fault(&error), last, &error))?;
+    let modes = match modes {
+        ModeBits::Permissions => caisson_erofs::ModeBits::Permissions,
+        ModeBits::FileType => caisson_erofs::ModeBits::FileType,
+    };
+    let (_, restored) = restore_layer(layers, output, modes, &limits(job))
+        .map_err(|error| failed(fault(&error), last, &error))?;
     Ok(Reply::Restored(Restored {
         bytes: restored.bytes,
         entries: restored.entries,
@@ -169,7 +173,7 @@ mod tests {
         assert_eq!(measured, (converted.verity, converted.bytes));
         let mut again = tempfile::tempfile().unwrap();
         let files = vec![again.try_clone().unwrap(), output.try_clone().unwrap()];
-        let Ok(Reply::Restored(restored)) = restore(files, LIMITS) else {
+        let Ok(Reply::Restored(restored)) = restore(files, LIMITS, ModeBits::Permissions) else {
             panic!("not restored");
         };
         let mut bytes = Vec::new();
@@ -218,13 +222,17 @@ mod tests {
             })
         ));
         assert!(matches!(
-            restore(vec![tempfile::tempfile().unwrap(), file(b"no layer")], LIMITS),
+            restore(
+                vec![tempfile::tempfile().unwrap(), file(b"no layer")],
+                LIMITS,
+                ModeBits::FileType
+            ),
             Err(Reply::Failed {
                 fault: Fault::Host,
                 ..
             })
         ));
         assert!(convert(Vec::new(), LIMITS, HashAlgorithm::Sha512).is_err());
-        assert!(restore(vec![tempfile::tempfile().unwrap()], LIMITS).is_err());
+        assert!(restore(vec![tempfile::tempfile().unwrap()], LIMITS, ModeBits::FileType).is_err());
     }
 }

@@ -49,7 +49,7 @@ fn serve() -> Result<(), Failure> {
     let reply = match request {
         Request::Convert { limits, diff_id } => job::convert(files, limits, diff_id),
         Request::Compose { limits } => job::compose(files, limits),
-        Request::Restore { limits } => job::restore(files, limits),
+        Request::Restore { limits, modes } => job::restore(files, limits, modes),
     };
     let reply = reply.unwrap_or_else(|failed| failed);
     let bytes = serde_json::to_vec(&reply).map_err(Failure::Form)?;
@@ -64,7 +64,7 @@ fn needs(request: &Request) -> Needs {
             file_bytes: limits.max_image_bytes,
         },
         // Names and metadata are counted by their parts; what lies between them is not.
-        Request::Compose { limits } | Request::Restore { limits } => Needs {
+        Request::Compose { limits } | Request::Restore { limits, .. } => Needs {
             memory_bytes: 4 << 30,
             file_bytes: limits.max_image_bytes,
         },

@@ -30,6 +30,8 @@ pub enum Request {
     Restore {
         /// What it may cost.
         limits: JobLimits,
+        /// What stands in the mode of an entry.
+        modes: ModeBits,
     },
 }
 
@@ -38,6 +40,16 @@ pub enum Request {
 pub struct JobLimits {
     /// Largest uncompressed layer, and largest output.
     pub max_image_bytes: u64,
+}
+
+/// What stands in the mode of an entry of an archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModeBits {
+    /// Permissions only.
+    Permissions,
+    /// The type of the file as well.
+    FileType,
 }
 
 /// A hash of the OCI image specification.

@@ -29,5 +29,5 @@ pub use convert::{LayerSummary, convert_layer};
 pub use error::{ArchiveProblem, EntryProblem, ErofsError, ErrorKind, LimitKind};
 pub use limits::Limits;
 pub use members::{Member, MemberContent, members};
-pub use restore::{RestoredLayer, restore_layer};
+pub use restore::{ModeBits, RestoredLayer, restore_layer};
 pub use tar::member_header;

@@ -22,6 +22,15 @@ use crate::xattr;
 
 const BUFFER_BYTES: usize = 256 << 10;
 
+/// What stands in the mode of an entry. All readers take either; two writers of layers differ in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModeBits {
+    /// Permissions only: containerd and BuildKit.
+    Permissions,
+    /// The type of the file as well, as Go had it before 1.9: Docker's own store.
+    FileType,
+}
+
 /// An archive that was made again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RestoredLayer {
@@ -38,6 +47,7 @@ pub struct RestoredLayer {
 pub fn restore_layer<W: Write>(
     layers: &[File],
     sink: W,
+    modes: ModeBits,
     limits: &Limits,
 ) -> Result<(W, RestoredLayer), ErofsError> {
     let (file, lower) = layers
@@ -52,6 +62,7 @@ pub fn restore_layer<W: Write>(
         layer: &layer,
         sink,
         buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
+        modes,
         unclaimed: layer.blocks(),
         max_entries: limits.max_entries,
         done: RestoredLayer { entries: 0, bytes: 0 },
@@ -94,6 +105,7 @@ struct Restoration<'a, W> {
     layer: &'a ConvertedLayer<'a>,
     sink: W,
     buffer: Box<[u8]>,
+    modes: ModeBits,
     /// Blocks that contents may still have: no two files share any.
     unclaimed: u64,
     max_entries: u64,
@@ -110,7 +122,10 @@ impl<W: Write> Restoration<'_, W> {
                 limit: self.max_entries,
             });
         }
-        let header = header(record, attributes)?;
+        let mut header = header(record, attributes)?;
+        if self.modes == ModeBits::FileType {
+            header.mode |= file_type(&record.kind);
+        }
         self.write(&header.encode())?;
         match record.kind {
             Kind::Regular { size, start } => self.contents(size, start),
@@ -156,7 +171,7 @@ fn header<'a>(record: &'a Record, attributes: &Attributes) -> Result<Written<'a>
     }
     let mut header = Written {
         path: &record.path,
-        mode: attributes.permissions & 0o7777,
+        mode: u32::from(attributes.permissions & 0o7777),
         uid: attributes.uid,
         gid: attributes.gid,
         mtime: attributes.mtime,
@@ -197,6 +212,19 @@ fn header<'a>(record: &'a Record, attributes: &Attributes) -> Result<Written<'a>
         return Err(damaged("a name is malformed"));
     }
     Ok(header)
+}
+
+/// `S_IFMT` bits; a hard link is nearly always one to a plain file, and a marker is no file at all.
+fn file_type(kind: &Kind) -> u32 {
+    match kind {
+        Kind::Marker => 0,
+        Kind::Regular { .. } | Kind::HardLink(_) => 0o100_000,
+        Kind::Directory => 0o040_000,
+        Kind::Symlink(_) => 0o120_000,
+        Kind::Char(_) => 0o020_000,
+        Kind::Block(_) => 0o060_000,
+        Kind::Fifo => 0o010_000,
+    }
 }
 
 fn failed(source: io::Error) -> ErofsError {

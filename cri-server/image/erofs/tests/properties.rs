@@ -11,7 +11,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::io::{Read, Seek};
 
-use caisson_erofs::{Limits, convert_layer, restore_layer};
+use caisson_erofs::{Limits, ModeBits, convert_layer, restore_layer};
 use proptest::prelude::*;
 use support::layer::{Layer, Meta};
 use support::oracle::{check, fsck};
@@ -256,13 +256,16 @@ proptest! {
     }
 
     #[test]
-    fn an_archive_that_is_made_again_converts_to_the_same_layer(ops in prop::collection::vec(op(), 0..30)) {
+    fn an_archive_that_is_made_again_converts_to_the_same_layer(
+        ops in prop::collection::vec(op(), 0..30),
+        modes in prop_oneof![Just(ModeBits::Permissions), Just(ModeBits::FileType)],
+    ) {
         let limits = Limits::default();
         let (mut file, summary) = convert_layer(layer(&ops).as_slice(), tempfile::tempfile().unwrap(), &limits).unwrap();
         let mut converted = Vec::new();
         file.rewind().unwrap();
         file.read_to_end(&mut converted).unwrap();
-        let (archive, restored) = restore_layer(&[file], Vec::new(), &limits).unwrap();
+        let (archive, restored) = restore_layer(&[file], Vec::new(), modes, &limits).unwrap();
         prop_assert_eq!((restored.bytes, restored.entries), (archive.len() as u64, summary.entries));
         let (again, _) = convert_layer(archive.as_slice(), Vec::new(), &limits).unwrap();
         prop_assert!(again == converted);

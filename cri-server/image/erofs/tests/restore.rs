@@ -14,7 +14,7 @@ use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Command;
 
-use caisson_erofs::{ErofsError, ErrorKind, Limits, convert_layer, restore_layer};
+use caisson_erofs::{ErofsError, ErrorKind, Limits, ModeBits, convert_layer, restore_layer};
 use support::layer::{Layer, Meta, mode};
 use tar::EntryType;
 
@@ -24,7 +24,11 @@ fn converted(archive: &[u8]) -> File {
 }
 
 fn restored(layers: &[File]) -> Result<Vec<u8>, ErofsError> {
-    let (archive, said) = restore_layer(layers, Vec::new(), &Limits::default())?;
+    restored_with(layers, ModeBits::Permissions)
+}
+
+fn restored_with(layers: &[File], modes: ModeBits) -> Result<Vec<u8>, ErofsError> {
+    let (archive, said) = restore_layer(layers, Vec::new(), modes, &Limits::default())?;
     assert_eq!(archive.len() as u64, said.bytes);
     Ok(archive)
 }
@@ -45,19 +49,24 @@ fn file_of(bytes: &[u8]) -> File {
 #[test]
 fn an_archive_as_go_writes_it_comes_back_byte_for_byte() {
     let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/go/layer.go");
-    let output = match Command::new("go").args(["run", program]).output() {
-        Ok(output) => output,
-        Err(error) => return eprintln!("skipped: go: {error}"),
-    };
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "go run: {said}");
-    let again = restored(&[converted(&output.stdout)]).unwrap();
-    let differs = again
-        .iter()
-        .zip(&output.stdout)
-        .position(|(ours, theirs)| ours != theirs);
-    assert_eq!(differs, None, "in block {:?}", differs.map(|at| at / 512));
-    assert_eq!(again.len(), output.stdout.len());
+    for (modes, arguments) in [
+        (ModeBits::Permissions, &["run", program][..]),
+        (ModeBits::FileType, &["run", program, "types"]),
+    ] {
+        let output = match Command::new("go").args(arguments).output() {
+            Ok(output) => output,
+            Err(error) => return eprintln!("skipped: go: {error}"),
+        };
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "go run: {said}");
+        let again = restored_with(&[converted(&output.stdout)], modes).unwrap();
+        let differs = again
+            .iter()
+            .zip(&output.stdout)
+            .position(|(ours, theirs)| ours != theirs);
+        assert_eq!(differs, None, "in block {:?}", differs.map(|at| at / 512));
+        assert_eq!(again.len(), output.stdout.len());
+    }
 }
 
 #[test]
@@ -183,7 +192,7 @@ fn a_layer_without_end_and_no_layer_at_all_are_errors() {
         max_entries: 1,
         ..Limits::default()
     };
-    let error = restore_layer(&[file_of(&bytes)], Vec::new(), &few).unwrap_err();
+    let error = restore_layer(&[file_of(&bytes)], Vec::new(), ModeBits::Permissions, &few).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Limit);
 }
 

@@ -4,7 +4,7 @@
 use std::{fs::File, io, os::fd::AsFd};
 
 use bytes::{Bytes, BytesMut};
-use caisson_layer_converter::protocol::{Reply, Request, Restored};
+use caisson_layer_converter::protocol::{ModeBits, Reply, Request, Restored};
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::mpsc, time::timeout};
 
 use super::{Converters, Failure, PIPE_BYTES, PROGRESS_DEADLINE, late, strange};
@@ -19,6 +19,7 @@ impl Converters {
     pub(crate) async fn restore(
         &self,
         layers: &[(Digest, File)],
+        modes: ModeBits,
         sink: mpsc::Sender<Bytes>,
     ) -> Result<Restored, Failure> {
         let (read_end, write_end) =
@@ -30,6 +31,7 @@ impl Converters {
         files.extend(layers.iter().map(|(_, file)| file.as_fd()));
         let request = Request::Restore {
             limits: self.limits(),
+            modes,
         };
         let mut process = self.start(&request, &files)?;
         drop(write_end);

@@ -61,7 +61,7 @@ impl Archive {
         Ok(Descriptor { digest, size })
     }
 
-    /// Adds what comes, of at most `cap` bytes, as a blob, unless it turns out to be there.
+    /// Writes what comes, of at most `cap` bytes, where the next member would be; [`Archive::keep`] makes it one.
     pub(super) fn stream(&mut self, chunks: &mut mpsc::Receiver<Bytes>, cap: u64) -> io::Result<Descriptor> {
         let mut hasher = Digest::of(b"").hasher();
         let mut size = 0_u64;
@@ -76,12 +76,15 @@ impl Archive {
             self.file.write_all_at(&chunk, position)?;
         }
         let digest = hasher.finish();
-        // What was written for nothing is written over.
-        if !self.blobs.contains(&digest) {
-            self.seal(&blob_name(&digest), size)?;
-            self.blobs.insert(digest.clone());
-        }
         Ok(Descriptor { digest, size })
+    }
+
+    /// Makes a blob of what was written last, unless it is there. What is not kept is written over.
+    pub(super) fn keep(&mut self, blob: &Descriptor) -> io::Result<()> {
+        if self.blobs.insert(blob.digest.clone()) {
+            self.seal(&blob_name(&blob.digest), blob.size)?;
+        }
+        Ok(())
     }
 
     /// Puts the header before the contents that were written, and zeros behind them.
@@ -131,8 +134,13 @@ mod tests {
     fn a_blob_is_there_once_and_what_was_written_twice_leaves_no_trace() {
         let mut file = tempfile::tempfile().unwrap();
         let mut archive = Archive::new(file.try_clone().unwrap());
+        archive
+            .stream(&mut sent(&[b"longer, and not kept"]), 100)
+            .unwrap();
         let first = archive.stream(&mut sent(&[b"lay", b"er"]), 100).unwrap();
+        archive.keep(&first).unwrap();
         let again = archive.stream(&mut sent(&[b"layer"]), 100).unwrap();
+        archive.keep(&again).unwrap();
         assert_eq!((&first, first.size), (&again, 5));
         let other = archive.blob(b"x").unwrap();
         assert_eq!(archive.blob(b"x").unwrap(), other);

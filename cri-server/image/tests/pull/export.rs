@@ -13,8 +13,11 @@ use serde_json::{Value, json};
 use crate::fixture::{Packing, TestImage, TestStore, archive, content, digest};
 use crate::import::{layout, tar};
 
-/// A layer as Docker and BuildKit write it, so that it comes out as it came in.
-fn go_layer(files: &[(&str, &[u8])]) -> Vec<u8> {
+const BUILDKIT: &[u8; 8] = b"0000644\0";
+const DOCKER: &[u8; 8] = b"0100644\0";
+
+/// A layer as BuildKit writes it, so that it comes out as it came in; with the mode that Docker's own store writes, too.
+fn go_layer(files: &[(&str, &[u8])], mode: &[u8; 8]) -> Vec<u8> {
     let mut bytes = archive(files);
     for header in 0..bytes.len() / 512 {
         let block = &mut bytes[header * 512..][..512];
@@ -23,6 +26,7 @@ fn go_layer(files: &[(&str, &[u8])]) -> Vec<u8> {
         }
         // What a PAX header has where a GNU one has not.
         block[257..265].copy_from_slice(b"ustar\x0000");
+        block[100..108].copy_from_slice(mode);
         for field in [108, 116, 329, 337] {
             block[field..field + 8].copy_from_slice(b"0000000\0");
         }
@@ -69,11 +73,15 @@ fn member(file: &Path, name: &str) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_come_out_as_they_were_keep_the_image_to_the_byte() {
-    let (base, top) = (
-        go_layer(&[("base", b"of both")]),
-        go_layer(&[("dir/file", &[b'x'; 300_000])]),
-    );
-    let image = TestImage::new("kept", &[(base, Packing::Gzip), (top, Packing::Zstd)]);
+    let layers = [
+        (go_layer(&[("base", b"of both")], BUILDKIT), Packing::Gzip),
+        (
+            go_layer(&[("dir/file", &[b'x'; 300_000])], BUILDKIT),
+            Packing::Zstd,
+        ),
+        (go_layer(&[("dir/other", b"docker's")], DOCKER), Packing::Gzip),
+    ];
+    let image = TestImage::new("kept", &layers);
     let test = TestStore::new().await;
     let name = "r.example/kept:v1";
     let here = imported(&test, &image, name).await;
@@ -82,7 +90,7 @@ async fn layers_that_come_out_as_they_were_keep_the_image_to_the_byte() {
     let expected = Exported {
         id: image.id.clone(),
         names: vec![name.into()],
-        layers: 2,
+        layers: 3,
         changed: 0,
     };
     assert_eq!(said, [expected]);
@@ -101,7 +109,7 @@ async fn an_image_of_other_archives_becomes_another_with_the_same_files() {
     // GNU headers and a whiteout with a time.
     let layers = [
         (archive(&[("base", b"of all"), ("gone", b"soon")]), Packing::Gzip),
-        (go_layer(&[("top", b"kept")]), Packing::Plain),
+        (go_layer(&[("top", b"kept")], BUILDKIT), Packing::Plain),
         (archive(&[(".wh.gone", b"")]), Packing::Plain),
     ];
     let image = TestImage::new("changed", &layers);

@@ -18,7 +18,8 @@ pub(crate) struct Written<'a> {
     pub(crate) type_flag: u8,
     /// Target of a symbolic or hard link.
     pub(crate) link: &'a [u8],
-    pub(crate) mode: u16,
+    /// Permissions, and the type of the file for whoever writes it there.
+    pub(crate) mode: u32,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) size: u64,

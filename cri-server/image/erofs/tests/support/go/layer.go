@@ -1,5 +1,5 @@
 // Command layer writes a layer to standard output the way containerd and BuildKit do: entries in the PAX format, times in whole seconds unless
-// they have more, no names of owners.
+// they have more, no names of owners. With an argument, modes have the type of the file in them, as Docker writes them.
 package main
 
 import (
@@ -35,9 +35,14 @@ func main() {
 		{Name: "late", Typeflag: tar.TypeReg, Mode: 0o600, ModTime: time.Unix(1<<33, 0)},
 		{Name: "etc/.wh.shadow", Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0)},
 	}
+	types := map[byte]int64{tar.TypeReg: 0o100000, tar.TypeLink: 0o100000, tar.TypeDir: 0o40000, tar.TypeSymlink: 0o120000,
+		tar.TypeChar: 0o20000, tar.TypeBlock: 0o60000, tar.TypeFifo: 0o10000}
 	writer := tar.NewWriter(os.Stdout)
 	for _, header := range entries {
 		header.Format = tar.FormatPAX
+		if len(os.Args) > 1 && !strings.Contains(header.Name, ".wh.") {
+			header.Mode |= types[header.Typeflag]
+		}
 		if header.ModTime.IsZero() {
 			header.ModTime = at
 		}
