@@ -48,7 +48,7 @@ pub enum ImageCommand {
     /// Write images into an archive of an OCI image layout, which docker load, ctr, skopeo and image import read.
     ///
     /// Layers are kept converted, so their archives are made anew: files, owners, times, attributes, links and whiteouts are those of the image, the
-    /// bytes not always. What Docker, BuildKit and containerd wrote usually comes out as it was; otherwise the digests of these layers differ from
+    /// bytes not always. What containerd and BuildKit wrote comes out as it was; otherwise the digests of these layers differ from
     /// the registry's, and with them the image's id. What is printed says so.
     Export {
         /// Names, ids or beginnings of them; a tag goes out alone, anything else with all tags of the image

@@ -1,7 +1,7 @@
 //! A converted layer in, a layer archive out: the entries as they were read, in their order, with their contents.
 //!
 //! The archive is not the one that was converted: owners' names, times of access, attributes that images cannot have and the form of headers were not kept.
-//! It is written as Go writes (see `tar/written.rs`), so that most of what Docker and BuildKit made comes out as it was. Converted
+//! It is written as Go writes (see `tar/written.rs`), so that what containerd and BuildKit made comes out as it was. Converted
 //! again it gives the same converted layer. Equal converted layers give equal archives, and memory is bounded as it is for [`Composer`].
 //!
 //! A converted layer comes from a file, so nothing in it is believed: contents that several entries claim are an error, or a small file could
