@@ -24,7 +24,6 @@ pub(super) async fn export(
     references: Vec<String>,
     file: &Path,
 ) -> anyhow::Result<String> {
-    let destination = Destination::new(file)?;
     let mut wanted = Vec::new();
     for reference in references {
         let described = images.describe(reference.clone()).await?;
@@ -35,14 +34,23 @@ pub(super) async fn export(
             config: described.config,
         });
     }
-    let work = caisson_image::export(&config.images, &wanted, destination.file()?);
-    // An end by a signal would leave the file.
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    let exported = tokio::select! {
-        exported = work => exported.map_err(|error| anyhow::anyhow!("{}", chain(&error)))?,
-        _ = interrupt.recv() => bail!("interrupted: nothing was written"),
-        _ = terminate.recv() => bail!("terminated: nothing was written"),
+    let (exported, destination) = if file == Path::new("-") {
+        let destination = Destination::output()?;
+        let work = caisson_image::export(&config.images, &wanted, destination.file()?);
+        (work.await, destination)
+    } else {
+        // An end by a signal would leave the file that is not whole.
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let destination = Destination::beside(file)?;
+        let work = caisson_image::export(&config.images, &wanted, destination.file()?);
+        tokio::select! {
+            exported = work => (exported, destination),
+            _ = interrupt.recv() => bail!("interrupted: nothing was written"),
+            _ = terminate.recv() => bail!("terminated: nothing was written"),
+        }
     };
+    let exported = exported.map_err(|error| anyhow::anyhow!("{}", chain(&error)))?;
     let said: String = wanted
         .iter()
         .zip(&exported)
@@ -70,14 +78,15 @@ enum Destination {
 }
 
 impl Destination {
-    fn new(path: &Path) -> anyhow::Result<Self> {
-        if path == Path::new("-") {
-            if io::stdout().is_terminal() {
-                bail!("standard output is a terminal: name a file, or send it elsewhere");
-            }
-            let spool = tempfile::tempfile().context("cannot make a temporary file for the archive")?;
-            return Ok(Self::Output { spool });
+    fn output() -> anyhow::Result<Self> {
+        if io::stdout().is_terminal() {
+            bail!("standard output is a terminal: name a file, or send it elsewhere");
         }
+        let spool = tempfile::tempfile().context("cannot make a temporary file for the archive")?;
+        Ok(Self::Output { spool })
+    }
+
+    fn beside(path: &Path) -> anyhow::Result<Self> {
         // What has this name is replaced, and a device must not be.
         match std::fs::metadata(path) {
             Ok(there) if !there.is_file() => bail!("{} is not a regular file", path.display()),
@@ -143,10 +152,10 @@ mod tests {
     #[test]
     fn what_is_no_regular_file_is_not_replaced() {
         for path in ["/dev/null", "/"] {
-            let error = Destination::new(Path::new(path)).err().unwrap();
+            let error = Destination::beside(Path::new(path)).err().unwrap();
             assert!(error.to_string().contains("not a regular file"), "{error}");
         }
-        assert!(Destination::new(Path::new("/nowhere/at/all.tar")).is_err());
+        assert!(Destination::beside(Path::new("/nowhere/at/all.tar")).is_err());
     }
 
     #[test]
@@ -155,9 +164,9 @@ mod tests {
         let path = directory.path().join("images.tar");
         let names = || std::fs::read_dir(directory.path()).unwrap().count();
         std::fs::write(&path, "before").unwrap();
-        drop(Destination::new(&path).unwrap());
+        drop(Destination::beside(&path).unwrap());
         assert_eq!((std::fs::read(&path).unwrap(), names()), (b"before".to_vec(), 1));
-        let destination = Destination::new(&path).unwrap();
+        let destination = Destination::beside(&path).unwrap();
         io::Write::write_all(&mut destination.file().unwrap(), b"after").unwrap();
         assert_eq!(destination.finish("said".into()).unwrap(), "said");
         assert_eq!((std::fs::read(&path).unwrap(), names()), (b"after".to_vec(), 1));
