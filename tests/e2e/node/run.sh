@@ -53,7 +53,10 @@ start() {
     mkdir -p "$state"
     exec 9>"$state/lock"
     flock 9
-    if up; then return; fi
+    if up; then
+        exec 9>&-
+        return
+    fi
     command -v ssh >/dev/null || { echo "node: ssh is missing: run make setup" >&2; exit 1; }
     image=$("$here/image.sh")
     [ ! -e "$state/console" ] || mv "$state/console" "$state/console.before"

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{checkout, cri::Cri, eventually, host::Host};
+use crate::{aftermath, checkout, cri::Cri, eventually, host::Host};
 
 /// How long the daemon may take to answer on its socket; recovery of pods included.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -169,6 +169,14 @@ impl Daemon {
             let kept = Path::new(&logs).join(name).with_extension("log");
             if let Err(error) = fs::copy(self.dir.join("caissond.log"), &kept) {
                 eprintln!("{} is not kept: {error}", kept.display());
+            }
+            // Only a test that has failed leaves VMs.
+            let vms = self.dir.join("run/vm");
+            if fs::read_dir(&vms).is_ok_and(|mut vms| vms.next().is_some()) {
+                let said = aftermath::of(&self.dir.join("run"));
+                if let Err(error) = fs::write(kept.with_extension("vms"), said) {
+                    eprintln!("what was seen of VMs is not kept: {error}");
+                }
             }
         }
     }

@@ -3,6 +3,7 @@
 //! Owns how tests see the product from outside: its socket, its files, and what is left on the host. Must not use any of the
 //! product's crates: an error in them would hide in both places.
 
+pub mod aftermath;
 pub mod containerd;
 pub mod cri;
 pub mod crictl;

@@ -389,17 +389,21 @@ fn sessions_leave_nothing_behind_however_they_end() -> Result<()> {
                 let mut command = Command::begin(&url, &["stdin", "stdout", "stderr"]).await?;
                 command.send("stdin", text.as_bytes()).await?;
                 command.end("stdin").await;
+                let outcome = command.finish().await;
                 ensure!(
-                    command.finish().await.stdout == text.as_bytes(),
-                    "session {n} differs"
+                    outcome.stdout == text.as_bytes(),
+                    "session {n} differs: {}",
+                    outcome.status
                 );
             } else {
                 let mut socket = WebSocket::connect(&url, "v5.channel.k8s.io").await?;
                 socket.send(0, text.as_bytes()).await?;
                 socket.send(255, &[0]).await?;
+                let outcome = socket.finish().await;
                 ensure!(
-                    socket.finish().await.stdout == text.as_bytes(),
-                    "session {n} differs"
+                    outcome.stdout == text.as_bytes(),
+                    "session {n} differs: {}",
+                    outcome.status
                 );
             }
             Ok(())

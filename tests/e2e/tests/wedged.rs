@@ -22,14 +22,19 @@ const BOUND: Duration = Duration::from_secs(60);
 /// Grace period and sleeps of containers, in seconds.
 const LONG: i64 = 100_000;
 
-/// Sends `signal` to the processes of the only VM whose program has this in its name.
-fn strike(host: &Host, program: &str, signal: Signal) -> Result<()> {
+/// What runs the guest.
+const VMM: [&str; 2] = ["qemu-system", "caisson-vmm"];
+/// What carries the agent's words out of it.
+const VSOCK: [&str; 2] = ["vhost-vsock", "caisson-vmm"];
+
+/// Sends `signal` to the processes of the only VM whose program is one of these, whichever the driver has.
+fn strike(host: &Host, programs: [&str; 2], signal: Signal) -> Result<()> {
     let processes = host.leftovers()?.processes;
     let struck: Vec<_> = processes
         .iter()
-        .filter(|process| process.contains(program))
+        .filter(|process| programs.iter().any(|program| process.contains(program)))
         .collect();
-    ensure!(!struck.is_empty(), "no {program} among {processes:?}");
+    ensure!(!struck.is_empty(), "none of {programs:?} among {processes:?}");
     for process in struck {
         let pid = process.split(' ').next().context("no pid")?.parse()?;
         kill(Pid::from_raw(pid), signal)?;
@@ -38,7 +43,7 @@ fn strike(host: &Host, program: &str, signal: Signal) -> Result<()> {
 }
 
 /// Strikes a pod with an exec, a stop and a wait under way, tries a creation and a list, and takes the pod down.
-fn everything_ends(program: &str, signal: Signal) -> Result<()> {
+fn everything_ends(programs: [&str; 2], signal: Signal) -> Result<()> {
     let host = Host::enter()?;
     let before = host.leftovers()?;
     run(async {
@@ -72,7 +77,7 @@ fn everything_ends(program: &str, signal: Signal) -> Result<()> {
         let (mut asker, stop_id) = (cri.clone(), one.clone());
         let stop = tokio::spawn(async move { asker.stop(&stop_id, LONG).await });
 
-        strike(&host, program, signal)?;
+        strike(&host, programs, signal)?;
         let mut asker = cri.clone();
         let (late, late_pod, sandbox) = (
             container("late", &image, &stubborn),
@@ -114,17 +119,17 @@ fn everything_ends(program: &str, signal: Signal) -> Result<()> {
 
 #[test]
 fn a_guest_that_hangs_holds_up_neither_stop_nor_what_was_under_way() -> Result<()> {
-    everything_ends("qemu", Signal::SIGSTOP)
+    everything_ends(VMM, Signal::SIGSTOP)
 }
 
 #[test]
 fn an_agent_that_cannot_be_heard_holds_up_neither_stop_nor_what_was_under_way() -> Result<()> {
-    everything_ends("vhost-vsock", Signal::SIGSTOP)
+    everything_ends(VSOCK, Signal::SIGSTOP)
 }
 
 #[test]
 fn a_vm_that_dies_holds_up_neither_stop_nor_what_was_under_way() -> Result<()> {
-    everything_ends("qemu", Signal::SIGKILL)
+    everything_ends(VMM, Signal::SIGKILL)
 }
 
 #[test]
@@ -206,7 +211,7 @@ fn a_pod_whose_guest_hangs_over_a_restart_of_the_daemon_is_ready_again_when_it_w
             .await?;
         let started_at = cri.status(&id).await?.started_at;
         daemon.kill()?;
-        strike(&host, "qemu", Signal::SIGSTOP)?;
+        strike(&host, VMM, Signal::SIGSTOP)?;
         daemon.start_again().await?;
         let mut cri = daemon.cri().await?;
         let (status, info) = cri.pod_status(&pod_id).await?;
@@ -215,7 +220,7 @@ fn a_pod_whose_guest_hangs_over_a_restart_of_the_daemon_is_ready_again_when_it_w
             "{info:?}"
         );
         ensure!(cri.status(&id).await?.state() == cri::ContainerState::ContainerUnknown);
-        strike(&host, "qemu", Signal::SIGCONT)?;
+        strike(&host, VMM, Signal::SIGCONT)?;
         caisson_e2e::eventually("the pod's return", BOUND * 2, async || {
             let (status, _) = cri.pod_status(&pod_id).await.ok()?;
             (status.state() == cri::PodSandboxState::SandboxReady).then_some(())

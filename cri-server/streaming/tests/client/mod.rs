@@ -271,6 +271,8 @@ pub struct Command {
     pub ids: HashMap<&'static str, u32>,
     /// Streams that the server has ended.
     pub ended: HashSet<u32>,
+    /// The server may end streams by resetting them.
+    pub lenient: bool,
 }
 
 impl Command {
@@ -286,6 +288,7 @@ impl Command {
             spdy,
             ids,
             ended: HashSet::new(),
+            lenient: false,
         })
     }
 
@@ -350,6 +353,9 @@ impl Command {
                 Said::GoAway => {
                     outcome.goodbye = true;
                     break;
+                }
+                Said::Reset { stream, .. } if self.lenient => {
+                    ended.insert(stream);
                 }
                 Said::Reset { stream, status } => panic!("stream {stream} was reset: {status}"),
                 Said::Reply(_) | Said::Ping(_) | Said::Window { .. } => {}

@@ -1,35 +1,27 @@
 //! Pods that work for as long as one likes, until something goes wrong, and then a look at the VM that did it.
 //!
-//! Each pod has a container in which a command runs after the other, and now and then a container of its own comes and goes. The first failure
+//! Each pod has a container in which a command runs after the other; now and then a container comes and goes beside it, or the whole pod. The first failure
 //! ends it all: what the daemon said, and of a VM of the built-in driver what its VMM counts, where its vCPUs and devices stand, and what
 //! KVM counts. Everything stays where it is (`--keep`) or is removed.
 //!
 //!   soak [--seconds N] [--pods N] [--keep]
 
-use std::{
-    fs::{self, File},
-    io::{IoSlice, IoSliceMut},
-    os::fd::{AsRawFd, OwnedFd, RawFd},
-    path::{Path, PathBuf},
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_e2e::{
+    aftermath,
     cri::{Cri, container, pod},
     host::Host,
     node::{Node, node},
     run,
 };
 use k8s_cri::v1 as cri;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, sendmsg, socket,
-};
-use serde_json::{Value, json};
 
 /// Containers come and go once in so many commands.
-const COMMANDS_PER_CONTAINER: u64 = 20;
+const COMMANDS_PER_CONTAINER: u64 = 4;
+/// Pods, in so many.
+const COMMANDS_PER_POD: u64 = 60;
 
 struct Arguments {
     seconds: u64,
@@ -71,16 +63,22 @@ struct Worker {
 impl Worker {
     async fn start(host: &Host, cri: &mut Cri, image: &str, number: u64) -> Result<Self> {
         let config = pod(host, &format!("soak-{number}"));
-        let pod_id = cri.run_pod(&config).await?;
-        let main = container("main", image, &["sleep", "1000000"]);
-        let container = cri.run(&pod_id, &main, &config).await?;
-        Ok(Self {
+        let mut worker = Self {
             config,
-            pod_id,
-            container,
+            pod_id: String::new(),
+            container: String::new(),
             image: image.to_owned(),
             commands: 0,
-        })
+        };
+        worker.begin(cri).await?;
+        Ok(worker)
+    }
+
+    async fn begin(&mut self, cri: &mut Cri) -> Result<()> {
+        self.pod_id = cri.run_pod(&self.config).await?;
+        let main = container("main", &self.image, &["sleep", "1000000"]);
+        self.container = cri.run(&self.pod_id, &main, &self.config).await?;
+        Ok(())
     }
 
     async fn step(&mut self, cri: &mut Cri) -> Result<()> {
@@ -103,6 +101,11 @@ impl Worker {
                 status.message
             );
             cri.remove(&id).await?;
+        }
+        if self.commands.is_multiple_of(COMMANDS_PER_POD) {
+            cri.stop_pod(&self.pod_id).await?;
+            cri.remove_pod(&self.pod_id).await?;
+            self.begin(cri).await?;
         }
         Ok(())
     }
@@ -130,7 +133,7 @@ fn main() -> Result<()> {
                         "pod {} after {} commands: {error:?}",
                         worker.pod_id, worker.commands
                     );
-                    look_at(&host.dir().join("run"), &worker.pod_id);
+                    println!("{}", aftermath::of(&host.dir().join("run")));
                     println!("the daemon's last words:");
                     let log = daemon.log();
                     let lines: Vec<&str> = log.lines().collect();
@@ -150,79 +153,4 @@ fn main() -> Result<()> {
         println!("kept: {}", host.keep().display());
     }
     outcome
-}
-
-/// Says what can be seen of a pod's VM from outside.
-fn look_at(run_dir: &Path, pod_id: &str) {
-    let sockets = Command::new("find")
-        .arg(run_dir)
-        .args(["-path", &format!("*{pod_id}*"), "-name", "control.sock"])
-        .output();
-    let found = sockets.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    for socket in found.unwrap_or_default().lines().map(PathBuf::from) {
-        let said = look_at_vmm(&socket).unwrap_or_else(|e| format!("its VMM: {e:?}"));
-        println!("{said}");
-        for file in ["console.log", "vmm.log"] {
-            let path = socket.with_file_name(file);
-            println!("{file}: {}", fs::read_to_string(path).unwrap_or_default());
-        }
-    }
-    let script = format!(
-        "for p in $(pgrep -f caisson-vmm); do grep -qaz 'CAISSON.*{pod_id}' /proc/$p/environ || continue; echo process $p; \
-         for t in /proc/$p/task/*; do echo \"$(cat $t/comm) $(cut -d' ' -f3,14,15 $t/stat) $(cat $t/wchan)\"; done; done; \
-         grep -r . /sys/kernel/debug/kvm/ 2>/dev/null | grep -v ' 0$' | grep -v ':0$'"
-    );
-    let seen = Command::new("sh").args(["-c", &script]).output();
-    println!(
-        "{}",
-        seen.map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
-            .unwrap_or_default()
-    );
-}
-
-fn look_at_vmm(path: &Path) -> Result<String> {
-    let session = Session::open(path)?;
-    let mut said = String::new();
-    for _ in 0..2 {
-        said += &format!("status: {}\n", session.ask(&json!({"verb": "status"}), None)?);
-        std::thread::sleep(Duration::from_secs(1));
-    }
-    let file = File::create("/tmp/soak-state.json")?;
-    said += &format!("pause: {}\n", session.ask(&json!({"verb": "pause"}), None)?);
-    let save = json!({"verb": "save_state", "msrs": []});
-    said += &format!("save_state: {}\n", session.ask(&save, Some(file.as_raw_fd()))?);
-    said += &format!("resume: {}\n", session.ask(&json!({"verb": "resume"}), None)?);
-    said += &fs::read_to_string("/tmp/soak-state.json")?;
-    Ok(said)
-}
-
-/// A conversation with a VMM.
-struct Session(OwnedFd);
-
-impl Session {
-    fn open(path: &Path) -> Result<Self> {
-        let fd = socket(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
-        connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-        let session = Self(fd);
-        session.ask(&json!({"verb": "hello", "oldest": 2, "newest": 2}), None)?;
-        Ok(session)
-    }
-
-    fn ask(&self, request: &Value, file: Option<RawFd>) -> Result<Value> {
-        let bytes = serde_json::to_vec(request)?;
-        let files: Vec<RawFd> = file.into_iter().collect();
-        let rights = [ControlMessage::ScmRights(&files)];
-        let control = if files.is_empty() { &[][..] } else { &rights[..] };
-        let data = [IoSlice::new(&bytes)];
-        sendmsg::<UnixAddr>(self.0.as_raw_fd(), &data, control, MsgFlags::empty(), None)?;
-        let mut answer = vec![0; 64 << 10];
-        let mut space = [IoSliceMut::new(&mut answer)];
-        let length = recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut space, None, MsgFlags::empty())?.bytes;
-        Ok(serde_json::from_slice(&answer[..length])?)
-    }
 }
