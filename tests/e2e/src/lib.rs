@@ -7,6 +7,7 @@ pub mod aftermath;
 pub mod containerd;
 pub mod cri;
 pub mod crictl;
+pub mod critest_benchmark;
 pub mod critest_images;
 pub mod critest_report;
 pub mod daemon;

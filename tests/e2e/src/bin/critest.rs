@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use caisson_e2e::{
     cache, checkout,
     containerd::Containerd,
-    critest_images,
+    critest_benchmark, critest_images,
     critest_report::{self, State},
     daemon::{Daemon, Product},
     host::Host,
@@ -37,6 +37,7 @@ struct Arguments {
     report: Option<PathBuf>,
     partial: bool,
     containerd: bool,
+    benchmark: bool,
     table: Vec<PathBuf>,
     critest: Vec<String>,
 }
@@ -130,6 +131,7 @@ fn arguments() -> Result<Arguments> {
             "--report" => parsed.report = Some(value()?.into()),
             "--benchmark" => {
                 parsed.partial = true;
+                parsed.benchmark = true;
                 parsed
                     .critest
                     .extend(["-benchmark".into(), "-ginkgo.focus=benchmark".into()]);
@@ -195,9 +197,20 @@ fn mirrors() -> String {
 fn judge(program: &Path, socket: &Path, arguments: &Arguments, dir: &Path) -> Result<PathBuf> {
     let endpoint = format!("unix://{}", socket.display());
     let report = dir.join("critest.json");
+    let (parameters, samples) = (dir.join("benchmark.yaml"), dir.join("benchmark"));
+    let mut benchmark = Vec::new();
+    if arguments.benchmark {
+        fs::write(&parameters, critest_benchmark::PARAMETERS)?;
+        fs::create_dir(&samples)?;
+        benchmark = vec![
+            format!("-benchmarking-params-file={}", parameters.display()),
+            format!("-benchmarking-output-dir={}", samples.display()),
+        ];
+    }
     let began = Instant::now();
     let status = Command::new(program)
         .current_dir(dir)
+        .args(benchmark)
         .args(["-runtime-endpoint", &endpoint, "-image-endpoint", &endpoint])
         .args([
             "-ginkgo.no-color",
@@ -217,6 +230,9 @@ fn judge(program: &Path, socket: &Path, arguments: &Arguments, dir: &Path) -> Re
         began.elapsed().as_secs()
     );
     ensure!(report.exists(), "critest ended with {status} and wrote no report");
+    if arguments.benchmark {
+        println!("{}", critest_benchmark::table(&samples)?);
+    }
     Ok(report)
 }
 
