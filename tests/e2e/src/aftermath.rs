@@ -1,5 +1,5 @@
 //! What can be seen of VMs from outside when a test has failed: what their VMM's files say, where the vCPUs and devices of a built-in VMM stand,
-//! and what KVM counts. It changes nothing but that it pauses a VM for a moment.
+//! and what KVM counts. It changes nothing but that it pauses a VM for a moment, and that debugfs is mounted where it was not.
 
 use std::{
     fs::{self, File},
