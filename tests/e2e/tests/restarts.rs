@@ -71,14 +71,17 @@ fn a_boot_that_a_killed_daemon_left_half_done_is_rolled_back_and_can_be_tried_ag
                 return Err(error.context(format!("killed when {what}: {left:?}\n{}", daemon.log())));
             }
             // A bridge that has lost its only port has no address until it has another. Of such a bridge (its plugin was killed between
-            // the port and the bridge's own address) the plugin refuses one ADD, which kubelet then tries once more.
-            let again = match cri.run_pod(&config).await {
-                Err(refused) if format!("{refused:#}").contains("could not set bridge's mac") => {
-                    host.leftovers()?.nothing_new_since(&before)?;
-                    cri.run_pod(&config).await
+            // the port and the bridge's own addresses) the plugin refuses one ADD for each address it gives it; kubelet tries again.
+            let mut again = cri.run_pod(&config).await;
+            for _family in ["IPv4", "IPv6"] {
+                match again {
+                    Err(refused) if refused.message().contains("could not set bridge's mac") => {
+                        host.leftovers()?.nothing_new_since(&before)?;
+                        again = cri.run_pod(&config).await;
+                    }
+                    tried => again = tried,
                 }
-                tried => tried,
-            };
+            }
             let pod_id = again.with_context(|| format!("again, after: {what}"))?;
             cri.stop_pod(&pod_id).await?;
             cri.remove_pod(&pod_id).await?;
