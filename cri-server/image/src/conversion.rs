@@ -177,10 +177,7 @@ impl Converters {
                 fault,
                 layer,
                 message,
-            } => Err(match layers.get(layer) {
-                Some((digest, _)) => self.failure(digest, fault, message),
-                None => Failure::Process(io::Error::other(message)),
-            }),
+            } => Err(self.failure_of(layers, layer, fault, message)),
             Reply::Converted(_) | Reply::Restored(_) => Err(strange("another question was answered")),
         }
     }
@@ -188,6 +185,14 @@ impl Converters {
     fn limits(&self) -> JobLimits {
         JobLimits {
             max_image_bytes: self.max_image_bytes,
+        }
+    }
+
+    /// Of a request about these layers, of which the process names one; a number that none of them has blames the process.
+    fn failure_of(&self, layers: &[(Digest, File)], layer: usize, fault: Fault, message: String) -> Failure {
+        match layers.get(layer) {
+            Some((digest, _)) => self.failure(digest, fault, message),
+            None => Failure::Process(io::Error::other(message)),
         }
     }
 

@@ -29,7 +29,7 @@ secure_shell() { # ssh arguments...
 launch() { # port
     local share="-fsdev local,security_model=none,multidevs=remap" qemu
     qemu=${NODE_QEMU:-$("$here/qemu.sh")}
-    # TCG of QEMU 7.2 emulates cmpxchg16b wrongly now and then, so the kernel is told not to use it.
+    # TCG of QEMU 7.2 emulates cmpxchg16b wrongly now and then, so the kernel is told not to use it (not tried without since 10.0 is used).
     # Its SVM does not intercept xsetbv: KVM never learns which registers a guest saves, and the guest's processes lose their SSE
     # registers at a switch. Without xsave, everybody uses fxsave.
     # Polling before a halt costs an emulated CPU a sixth of what a pod's test takes.

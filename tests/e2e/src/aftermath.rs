@@ -2,10 +2,10 @@
 //! and what KVM counts. It changes nothing but that it pauses a VM for a moment, and that debugfs is mounted where it was not.
 
 use std::{
-    fs::{self, File},
-    io::{IoSlice, IoSliceMut},
+    fs,
+    io::{IoSlice, IoSliceMut, Read, Seek},
     os::fd::{AsRawFd, OwnedFd, RawFd},
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -32,7 +32,9 @@ pub fn of(run_dir: &Path) -> String {
             let text = fs::read(dir.join(file)).unwrap_or_default();
             said += &format!("--- {file}\n{}\n", String::from_utf8_lossy(&text));
         }
-        said += &look_at_vmm(&dir.join("control.sock")).unwrap_or_else(|e| format!("its VMM: {e:#}\n"));
+        if let Err(error) = look_at_vmm(&dir.join("control.sock"), &mut said) {
+            said += &format!("its VMM says no more: {error:#}\n");
+        }
     }
     let counted = Command::new("sh").args(["-c", COUNTS]).output();
     said += &counted.map_or_else(
@@ -47,22 +49,23 @@ const COUNTS: &str = "for p in $(pgrep caisson-vmm); do for t in /proc/$p/task/*
     echo \"$p $(cat $t/comm) $(cut -d' ' -f3,14,15 $t/stat) $(cat $t/wchan)\"; done; done; \
     mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null; grep -r . /sys/kernel/debug/kvm/ 2>/dev/null | grep -v ':0$'";
 
-fn look_at_vmm(path: &Path) -> Result<String> {
-    let session = Session::open(path)?;
-    let mut said = String::new();
+/// Adds what it learns as it learns it: a VM that has failed may not answer all of it.
+fn look_at_vmm(socket: &Path, said: &mut String) -> Result<()> {
+    let session = Session::open(socket)?;
+    // Counters that have moved in between tell whether the guest runs.
     for _ in 0..2 {
-        said += &format!("status: {}\n", session.ask(&json!({"verb": "status"}), None)?);
+        *said += &format!("status: {}\n", session.ask(&json!({"verb": "status"}), None)?);
         std::thread::sleep(Duration::from_secs(1));
     }
-    let path = PathBuf::from(format!("/tmp/caisson-aftermath-{}.json", std::process::id()));
-    let file = File::create(&path)?;
-    said += &format!("pause: {}\n", session.ask(&json!({"verb": "pause"}), None)?);
+    *said += &format!("pause: {}\n", session.ask(&json!({"verb": "pause"}), None)?);
+    let mut state = tempfile::tempfile()?;
     let save = json!({"verb": "save_state", "msrs": []});
-    said += &format!("save_state: {}\n", session.ask(&save, Some(file.as_raw_fd()))?);
-    said += &format!("resume: {}\n", session.ask(&json!({"verb": "resume"}), None)?);
-    said += &fs::read_to_string(&path)?;
-    fs::remove_file(&path)?;
-    Ok(said)
+    let saved = session.ask(&save, Some(state.as_raw_fd()));
+    let resumed = session.ask(&json!({"verb": "resume"}), None);
+    *said += &format!("save_state: {}\nresume: {}\n", saved?, resumed?);
+    state.rewind()?;
+    state.read_to_string(said)?;
+    Ok(())
 }
 
 /// A conversation with a VMM.

@@ -54,10 +54,7 @@ impl Converters {
                 fault,
                 layer,
                 message,
-            } => Err(match layers.get(layer) {
-                Some((digest, _)) => self.failure(digest, fault, message),
-                None => Failure::Process(io::Error::other(message)),
-            }),
+            } => Err(self.failure_of(layers, layer, fault, message)),
             Reply::Converted(_) | Reply::Composed(_) => Err(strange("another question was answered")),
         }
     }

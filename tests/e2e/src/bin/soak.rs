@@ -2,7 +2,7 @@
 //!
 //! Each pod has a container in which a command runs after the other; now and then a container comes and goes beside it, or the whole pod. The first failure
 //! ends it all: what the daemon said, and of a VM of the built-in driver what its VMM counts, where its vCPUs and devices stand, and what
-//! KVM counts. Everything stays where it is (`--keep`) or is removed.
+//! KVM counts. VMs and daemon end in any case; with `--keep`, the host's directory with their files stays.
 //!
 //!   soak [--seconds N] [--pods N] [--keep]
 
