@@ -1,11 +1,13 @@
 #!/bin/bash
 # Fetches packages of another Debian suite without changing the host's apt: own sources list, own lists, own cache.
 #
-#   debian-suite.sh SUITE DIRECTORY PACKAGE...
+#   debian-suite.sh SUITE[,SUITE] DIRECTORY PACKAGE...
+#   debian-suite.sh --with-dependencies SUITE[,SUITE] DIRECTORY PACKAGE...
 #   debian-suite.sh --archive        prints the archive's address
 #
-# Leaves the packages' .deb files in DIRECTORY. PACKAGE may be a shell pattern (linux-image-6.12.*-cloud-amd64): the newest match is
-# taken. The archive's address and key are those that this host's own sources use.
+# Leaves the packages' .deb files in DIRECTORY, and with the option everything that they depend on, libc included. PACKAGE may be a shell
+# pattern (linux-image-6.12.*-cloud-amd64): the newest match is taken. Of several suites the last one is preferred. The archive's address
+# and key are those that this host's own sources use.
 set -euo pipefail
 
 # The first Debian archive among the host's sources, in either format; security and vendor archives are not Debian's main one.
@@ -22,12 +24,19 @@ if [ "$1" = --archive ]; then
     exit
 fi
 
+whole=
+if [ "$1" = --with-dependencies ]; then
+    whole=yes
+    shift
+fi
 suite=$1 destination=$2
 shift 2
 
 state="$destination/.apt/$suite"
 mkdir -p "$state/lists/partial" "$state/cache/archives/partial" "$state/etc"
-echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $suite main" >"$state/etc/sources.list"
+for one in ${suite//,/ }; do
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $one main"
+done >"$state/etc/sources.list"
 touch "$state/status"
 apt=(-qq -o Dir::Etc::sourcelist="$(realpath "$state")/etc/sources.list" -o Dir::Etc::sourceparts=/dev/null
     -o Dir::State="$(realpath "$state")" -o Dir::State::status="$(realpath "$state")/status"
@@ -43,5 +52,10 @@ for wanted in "$@"; do
         done | sort -V | tail -n 1)
         [ -n "$package" ] || { echo "debian-suite: no package of $suite matches $wanted" >&2; exit 1; }
     fi
-    (cd "$destination" && apt-get "${apt[@]}" download "$package")
+    if [ -n "$whole" ]; then
+        apt-get "${apt[@]}" -y --download-only --no-install-recommends -t "${suite##*,}" install "$package"
+        mv "$state"/cache/archives/*.deb "$destination/"
+    else
+        (cd "$destination" && apt-get "${apt[@]}" -t "${suite##*,}" download "$package")
+    fi
 done

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Prints the program that emulates the node: QEMU of bookworm-backports, fetched once and put beside this machine's own, whose libraries it
-# uses. QEMU 7.2 of Debian 12 emulates a machine that loses a wake-up now and then: a process or a whole nested guest sleeps for ever.
+# Prints the program that emulates the node: QEMU of trixie-backports with its own libraries, fetched once. Before QEMU 10.2 an emulated CPU
+# can lose an interrupt that comes while it enters or leaves a nested guest (`interrupt_request` was changed by two threads, unprotected): a
+# process or a whole guest of the node then sleeps for ever, once in some dozens of them.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,18 +16,20 @@ fi
 if [ ! -x "$place/qemu" ]; then
     work=$(mktemp -d "$cache/node-qemu-work.XXXXXX")
     trap 'rm -rf "$work"' EXIT
-    "$here/../../../guest/debian-suite.sh" bookworm-backports "$work" qemu-system-x86 qemu-system-common qemu-system-data >&2
+    "$here/../../../guest/debian-suite.sh" --with-dependencies trixie,trixie-backports "$work" qemu-system-x86 >&2
     mkdir "$work/result"
     for deb in "$work"/*.deb; do
         dpkg-deb -x "$deb" "$work/result/root"
     done
     cat >"$work/result/qemu" <<WRAPPER
 #!/bin/sh
-exec "$place/root/usr/bin/qemu-system-x86_64" -L "$place/root/usr/share/qemu" -L /usr/share/seabios "\$@"
+usr=$place/root/usr
+export QEMU_MODULE_DIR=\$usr/lib/x86_64-linux-gnu/qemu
+exec "\$usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "\$usr/lib/x86_64-linux-gnu" "\$usr/bin/qemu-system-x86_64" \\
+    -L "\$usr/share/qemu" -L "\$usr/share/seabios" "\$@"
 WRAPPER
     chmod +x "$work/result/qemu"
-    missing=$(ldd "$work/result/root/usr/bin/qemu-system-x86_64" | grep 'not found' || true)
-    [ -z "$missing" ] || { echo "node: QEMU of bookworm-backports lacks libraries of this machine (run make setup): $missing" >&2; exit 1; }
+    sed "s#^usr=.*#usr=$work/result/root/usr#" "$work/result/qemu" | sh -s -- --version >&2
     rm -rf "$place"
     mv "$work/result" "$place"
 fi
