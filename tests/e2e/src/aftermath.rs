@@ -2,12 +2,15 @@
 //! and what KVM counts. It changes nothing but that it pauses a VM for a moment, and that debugfs is mounted where it was not.
 
 use std::{
+    collections::HashMap,
     fs,
     io::{IoSlice, IoSliceMut, Read, Seek},
     os::fd::{AsRawFd, OwnedFd, RawFd},
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -42,6 +45,129 @@ pub fn of(run_dir: &Path) -> String {
         |output| String::from_utf8_lossy(&output.stdout).into_owned(),
     );
     said
+}
+
+/// Tells on standard output of each VM that lives longer than its tests need it: one that answers no more is looked at while it is still there.
+#[derive(Debug)]
+pub struct Watch {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Over the VMs of the daemon that runs in this directory, until it is dropped.
+    #[must_use]
+    pub fn start(run_dir: PathBuf, age: Duration) -> Self {
+        let (stop, stopped) = channel();
+        let thread = std::thread::spawn(move || {
+            let mut seen: HashMap<PathBuf, Option<Instant>> = HashMap::new();
+            while stopped.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
+                let vms = fs::read_dir(run_dir.join("vm")).into_iter().flatten().flatten();
+                let vms: Vec<PathBuf> = vms.map(|vm| vm.path()).collect();
+                seen.retain(|vm, _| vms.contains(vm));
+                for vm in vms {
+                    let since = seen.entry(vm.clone()).or_insert_with(|| Some(Instant::now()));
+                    if since.is_some_and(|since| since.elapsed() > age) {
+                        *since = None;
+                        println!("{}", in_short(&vm));
+                    }
+                }
+            }
+        });
+        Self {
+            stop: Some(stop),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // A thread that has panicked has said so.
+        drop(self.thread.take().map(JoinHandle::join));
+    }
+}
+
+/// Where the vCPUs and the queues of a VM stand, on a few lines. Registers are in KVM's structures, which the state has as bytes.
+fn in_short(vm: &Path) -> String {
+    let mut said = format!("=== an old VM: {}\n", vm.display());
+    for file in ["console.log", "vmm.log"] {
+        let text = fs::read(vm.join(file)).unwrap_or_default();
+        said += &String::from_utf8_lossy(&text);
+    }
+    let mut all = String::new();
+    let outcome = look_at_vmm(&vm.join("control.sock"), &mut all);
+    let (words, state) = all.split_once("\n{").unwrap_or((&all, ""));
+    said += words;
+    if let Err(error) = outcome {
+        said += &format!("its VMM says no more: {error:#}\n");
+    }
+    let Ok(state) = serde_json::from_str::<Value>(&format!("{{{state}")) else {
+        return said;
+    };
+    for cpu in state["machine"]["cpus"].as_array().into_iter().flatten() {
+        let bytes = |name: &str| -> Vec<u8> {
+            let bytes = cpu[name].as_array().into_iter().flatten();
+            bytes
+                .map(|byte| byte.as_u64().unwrap_or_default() as u8)
+                .collect()
+        };
+        let (registers, lapic) = (bytes("registers"), bytes("lapic"));
+        // struct kvm_regs: sixteen general registers, rip, rflags. The local APIC: bits of what is served at 0x100, of what waits at 0x200.
+        let bits = |from: usize| {
+            let words = (0..8).map(|word| word_at(&lapic, from + 16 * word, 4));
+            words
+                .map(|word| format!("{word:08x}"))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        said += &format!(
+            "\ncpu mode {} rip {:x} flags {:x} rsp {:x} served {} waiting {} priority {:x} timer {:x} {:x} events {}",
+            cpu["mode"][0],
+            word_at(&registers, 128, 8),
+            word_at(&registers, 136, 8),
+            word_at(&registers, 48, 8),
+            bits(0x100),
+            bits(0x200),
+            word_at(&lapic, 0x80, 4),
+            word_at(&lapic, 0x320, 4),
+            word_at(&lapic, 0x390, 4),
+            cpu["events"],
+        );
+        for msr in cpu["msrs"].as_array().into_iter().flatten() {
+            let bytes = msr.as_array().into_iter().flatten();
+            let bytes: Vec<u8> = bytes
+                .map(|byte| byte.as_u64().unwrap_or_default() as u8)
+                .collect();
+            // The time stamp counter and its deadline.
+            if [0x10, 0x6e0].contains(&word_at(&bytes, 0, 4)) {
+                said += &format!(" msr {:x} {:x}", word_at(&bytes, 0, 4), word_at(&bytes, 8, 8));
+            }
+        }
+    }
+    for function in state["functions"].as_array().into_iter().flatten() {
+        let state = &function["state"];
+        let queues = state["transport"]["queues"].as_array().into_iter().flatten();
+        let queues = queues.map(|queue| format!("{}/{}", queue["next_available"], queue["next_used"]));
+        said += &format!(
+            "\n{} status {} queues {} vectors {}",
+            state["kind"],
+            state["transport"]["status"],
+            queues.collect::<Vec<_>>().join(" "),
+            state["vectors"]
+        );
+    }
+    said
+}
+
+/// A number of so many bytes, little-endian; zero where there is none.
+fn word_at(bytes: &[u8], at: usize, length: usize) -> u64 {
+    let bytes = bytes.get(at..at + length).unwrap_or_default();
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |word, byte| word << 8 | u64::from(*byte))
 }
 
 /// Threads of VMMs, and KVM's counters that are not zero.

@@ -28,6 +28,8 @@ pub struct Spec {
     pub group: String,
     /// How it ended.
     pub state: State,
+    /// How often it was tried.
+    pub attempts: u64,
 }
 
 /// The specs of a JSON report.
@@ -60,6 +62,7 @@ fn spec(report: &Value) -> Spec {
             Some("skipped" | "pending") => State::Skipped,
             _ => State::Failed,
         },
+        attempts: report["NumAttempts"].as_u64().unwrap_or(1),
     }
 }
 
