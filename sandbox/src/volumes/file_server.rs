@@ -66,6 +66,20 @@ struct Export {
     propagation: Propagation,
 }
 
+impl Export {
+    /// One that a daemon did not live to remember. Nothing that is asked for is the same.
+    fn forgotten() -> Self {
+        Self {
+            path: PathBuf::new(),
+            device: (0, 0),
+            inode: 0,
+            mount: 0,
+            readonly: ReadOnly::No,
+            propagation: Propagation::Private,
+        }
+    }
+}
+
 /// What one is started with.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
@@ -170,10 +184,12 @@ impl FileServer {
                 });
             }
             None => {
-                let (process, place) = (server.process.reference().clone(), exports.len());
-                blocking(move || attach(&process, &path, place, readonly, propagation)).await?;
+                let (process, next) = (server.process.reference().clone(), exports.len());
+                let attached = blocking(move || attach(&process, &path, next, readonly, propagation));
+                let number = attached.await?;
+                exports.resize_with(number, Export::forgotten);
                 exports.push(wanted);
-                place
+                number
             }
         };
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.record.clone());
@@ -314,21 +330,35 @@ fn last_words(log: &Path) -> String {
     }
 }
 
-/// Copies the mounts at the path and moves the copy into the process's namespace. Blocking.
+/// Copies the mounts at the path and moves the copy into the process's namespace; answers its number, `next` or a later one. Blocking.
 fn attach(
     process: &ProcessRef,
     path: &HostPath,
-    number: usize,
+    next: usize,
     readonly: ReadOnly,
     propagation: Propagation,
-) -> Result<(), SandboxError> {
-    let namespace = namespace(process).map_err(SandboxError::io("enter the file server's namespace"))?;
-    MountTree::copy(&path.location, readonly, propagation)
-        .and_then(|tree| {
-            let place = Path::new(PLACE).join(number.to_string());
-            tree.attach(namespace, &place, path.kind == FileType::Directory)
-        })
-        .map_err(SandboxError::io(format!("share {}", path.path.display())))
+) -> Result<usize, SandboxError> {
+    first_free(next, |number| {
+        let place = Path::new(PLACE).join(number.to_string());
+        MountTree::copy(&path.location, readonly, propagation)?.attach(
+            namespace(process)?,
+            &place,
+            path.kind == FileType::Directory,
+        )
+    })
+    .map_err(SandboxError::io(format!("share {}", path.path.display())))
+}
+
+/// The first number that is free. One whose place is there already was given by a daemon that died before it could journal that; the
+/// guest may know it, so it is not given again.
+fn first_free(next: usize, mut take: impl FnMut(usize) -> io::Result<()>) -> io::Result<usize> {
+    for number in next..MAX_EXPORTS {
+        match take(number) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => return other.map(|()| number),
+        }
+    }
+    Err(io::Error::other("the file server has no place left"))
 }
 
 /// The mount namespace of exactly this process, and not the daemon's own.
@@ -343,4 +373,23 @@ fn namespace(process: &ProcessRef) -> io::Result<File> {
         return Err(io::Error::other("the file server has no namespace of its own"));
     }
     Ok(namespace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_a_dead_daemon_has_given_is_not_given_again() {
+        let given = [2, 3];
+        let take = |number: usize| match given.contains(&number) {
+            true => Err(io::ErrorKind::AlreadyExists.into()),
+            false => Ok(()),
+        };
+        assert_eq!(first_free(1, take).unwrap(), 1);
+        assert_eq!(first_free(2, take).unwrap(), 4);
+        let other = first_free(2, |_| Err(io::ErrorKind::StorageFull.into())).unwrap_err();
+        assert_eq!(other.kind(), io::ErrorKind::StorageFull);
+        first_free(MAX_EXPORTS - 1, |_| Err(io::ErrorKind::AlreadyExists.into())).unwrap_err();
+    }
 }
