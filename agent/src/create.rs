@@ -60,13 +60,13 @@ pub(crate) fn create(guest: &Guest, request: v1::CreateContainerRequest) -> Resu
                 id: volume.clone(),
             });
         }
-        if let Some(Source::Shared(shared)) = &mount.source
-            && !guest.shared.is_mounted(shared.session)
-        {
-            return Err(AgentError::Unknown {
-                what: "session",
-                id: shared.session.to_string(),
-            });
+        for shared in shared_sources(mount) {
+            if !guest.shared.is_mounted(shared.session) {
+                return Err(AgentError::Unknown {
+                    what: "session",
+                    id: shared.session.to_string(),
+                });
+            }
         }
     }
     guest.reserve(&id)?;
@@ -128,13 +128,24 @@ fn acquire(guest: &Guest, serials: &[String]) -> Result<HashMap<String, PathBuf>
 /// The pod's own volumes that the container has mounted.
 fn provide(guest: &Guest, spec: &v1::ContainerSpec) -> Result<(), AgentError> {
     for mount in &spec.mounts {
-        match &mount.source {
-            Some(Source::PodVolume(volume)) => guest.pod_volumes.provide(volume)?,
-            Some(Source::Shared(shared)) if shared.socket => guest.socket_forwards.provide(shared)?,
-            _ => {}
+        if let Some(Source::PodVolume(volume)) = &mount.source {
+            guest.pod_volumes.provide(volume)?;
+        }
+        for socket in shared_sources(mount).filter(|shared| shared.socket) {
+            guest.socket_forwards.provide(socket)?;
         }
     }
     Ok(())
+}
+
+/// What a mount has of the host: itself, and the sockets below it.
+fn shared_sources(mount: &v1::Mount) -> impl Iterator<Item = &v1::SharedSource> {
+    let own = match &mount.source {
+        Some(Source::Shared(shared)) => Some(shared),
+        _ => None,
+    };
+    let below = mount.sockets.iter().filter_map(|socket| socket.source.as_ref());
+    own.into_iter().chain(below)
 }
 
 fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
@@ -173,6 +184,7 @@ fn check(spec: &v1::ContainerSpec) -> Result<(), AgentError> {
             Some(Source::PodVolume(volume)) => pod_volumes::check(volume)?,
             None => return Err(AgentError::invalid("spec.mounts.source", "is absent")),
         }
+        socket_forwards::check(mount)?;
     }
     own_devices::check(spec)?;
     for (field, paths) in [
@@ -475,11 +487,14 @@ fn stage_mount(mount: &v1::Mount) -> StageMount {
         Some(Source::Shared(shared)) if shared.socket => {
             bind(&mount.destination, &socket_forwards::path(shared), mount.readonly)
         }
-        Some(Source::Shared(shared)) => bind(
-            &mount.destination,
-            &shared::path(shared.session, &shared.export),
-            mount.readonly,
-        ),
+        Some(Source::Shared(shared)) => StageMount {
+            sockets: socket_forwards::stage_sockets(mount),
+            ..bind(
+                &mount.destination,
+                &shared::path(shared.session, &shared.export),
+                mount.readonly,
+            )
+        },
         Some(Source::PodVolume(volume)) => StageMount {
             inside: volume.sub_path.clone(),
             propagation: mount.propagation,

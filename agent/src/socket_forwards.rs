@@ -1,5 +1,5 @@
-//! Unix sockets of the host in the guest: a socket of our own stands where the host's would be, and each connection to it takes one of
-//! the session's connections to the host for as long as it lasts.
+//! Unix sockets of the host in the guest: a socket of our own stands where the host's would be, as a volume or below one, and each
+//! connection to it takes one of the session's connections to the host for as long as it lasts.
 //!
 //! Must not know what is on the host: an export has a number. The form of what travels is in `caisson_agent_api::files`.
 
@@ -14,7 +14,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use caisson_agent_api::{files::FORWARD_CLOSED, v1};
+use caisson_agent_api::{
+    files::{FORWARD_CLOSED, MAX_SOCKETS_BELOW},
+    v1::{self, mount::Source},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
@@ -24,7 +27,9 @@ use tokio::{
 use crate::{
     error::{AgentError, At},
     listen::Connection,
-    shared,
+    names, shared,
+    stage_spec::StageSocket,
+    volumes,
 };
 
 const DIRECTORY: &str = "/run/sockets";
@@ -57,6 +62,49 @@ impl std::fmt::Debug for SocketForwards {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SocketForwards").finish_non_exhaustive()
     }
+}
+
+/// What can be known to be wrong with the sockets below a mount.
+pub(crate) fn check(mount: &v1::Mount) -> Result<(), AgentError> {
+    const FIELD: &str = "spec.mounts.sockets";
+    let is_directory = matches!(&mount.source, Some(Source::Shared(shared)) if !shared.socket);
+    if !mount.sockets.is_empty() && !is_directory {
+        let reason = format!("{} is no shared directory", mount.destination);
+        return Err(AgentError::invalid(FIELD, reason));
+    }
+    if mount.sockets.len() > MAX_SOCKETS_BELOW {
+        let reason = format!(
+            "there are more than {MAX_SOCKETS_BELOW} below {}",
+            mount.destination
+        );
+        return Err(AgentError::invalid(FIELD, reason));
+    }
+    for socket in &mount.sockets {
+        if socket.path.is_empty() || !volumes::is_below(&socket.path) {
+            let path = String::from_utf8_lossy(&socket.path);
+            return Err(AgentError::invalid(FIELD, format!("{path:?} is not below")));
+        }
+        match &socket.source {
+            Some(source) if source.socket => names::id("spec.mounts.sockets.source.export", &source.export)?,
+            _ => return Err(AgentError::invalid(FIELD, "one has no source that is a socket")),
+        }
+    }
+    Ok(())
+}
+
+/// What is to be mounted over sockets below a mount.
+pub(crate) fn stage_sockets(mount: &v1::Mount) -> Vec<StageSocket> {
+    let stage = |socket: &v1::SocketBelow| {
+        let source = socket.source.as_ref()?;
+        Some(StageSocket {
+            path: socket.path.clone(),
+            source: path(source).to_string_lossy().into_owned(),
+            same_as: shared::path(source.session, &source.export)
+                .to_string_lossy()
+                .into_owned(),
+        })
+    };
+    mount.sockets.iter().filter_map(stage).collect()
 }
 
 /// Where the socket of an export stands.
@@ -285,6 +333,39 @@ mod tests {
         let (client, app) = UnixStream::pair().unwrap();
         let (connection, host) = UnixStream::pair().unwrap();
         (client, Box::new(connection), app, host)
+    }
+
+    #[test]
+    fn sockets_are_below_a_shared_directory_and_nowhere_else() {
+        let source = |socket| v1::SharedSource {
+            session: 1,
+            export: "7".into(),
+            socket,
+        };
+        let below = |path: &[u8], socket| v1::SocketBelow {
+            path: path.to_vec(),
+            source: Some(source(socket)),
+        };
+        let mount = |shared, sockets| v1::Mount {
+            destination: "/run".into(),
+            source: Some(Source::Shared(source(shared))),
+            sockets,
+            ..v1::Mount::default()
+        };
+        let odd = || below(b".caisson-unfinished/\xff \n", true);
+        assert!(check(&mount(false, vec![odd()])).is_ok());
+        assert!(check(&mount(false, vec![odd(); MAX_SOCKETS_BELOW + 1])).is_err());
+        assert!(check(&mount(true, vec![odd()])).is_err());
+        assert!(check(&mount(false, vec![below(b"a", false)])).is_err());
+        for bad in ["", "/a", "..", "a/../b", "a//b", "./a", "a/", "a\0"] {
+            assert!(
+                check(&mount(false, vec![below(bad.as_bytes(), true)])).is_err(),
+                "{bad:?}"
+            );
+        }
+        let staged = stage_sockets(&mount(false, vec![odd()]));
+        assert_eq!(staged[0].source, "/run/sockets/1/7");
+        assert_eq!(staged[0].same_as, "/run/shared/1/7");
     }
 
     #[tokio::test]

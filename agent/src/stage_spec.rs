@@ -124,6 +124,23 @@ pub(crate) struct StageMount {
     /// How mounts at `source` travel; private unless it is a volume of the pod's.
     #[prost(enumeration = "v1::MountPropagation", tag = "23")]
     pub(crate) propagation: i32,
+    /// What is bound over sockets below it.
+    #[prost(message, repeated, tag = "24")]
+    pub(crate) sockets: Vec<StageSocket>,
+}
+
+/// A socket of the host that is seen below a mount.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct StageSocket {
+    /// Relative to the mount.
+    #[prost(bytes = "vec", tag = "1")]
+    pub(crate) path: Vec<u8>,
+    /// The agent's socket, which leads to it.
+    #[prost(string, tag = "2")]
+    pub(crate) source: String,
+    /// Another name of the agent's for what is to be seen there.
+    #[prost(string, tag = "3")]
+    pub(crate) same_as: String,
 }
 
 /// Who a process is, as numbers.

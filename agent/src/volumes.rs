@@ -125,7 +125,8 @@ fn check(entries: &[v1::VolumeEntry]) -> Result<(), AgentError> {
         if !seen.insert(&entry.path) {
             return Err(bad(format!("{shown:?} comes twice")));
         }
-        if !is_below(&entry.path) {
+        let ours = |part: &[u8]| part == UNFINISHED.as_bytes();
+        if !is_below(&entry.path) || entry.path.split(|byte| *byte == b'/').any(ours) {
             return Err(bad(format!("{shown:?} is not a relative path without \"..\"")));
         }
         match &entry.kind {
@@ -151,14 +152,9 @@ fn check(entries: &[v1::VolumeEntry]) -> Result<(), AgentError> {
 }
 
 /// A path that stays below where it starts, component by component; empty is the start itself.
-fn is_below(path: &[u8]) -> bool {
+pub(crate) fn is_below(path: &[u8]) -> bool {
     let fine = |part: &[u8]| !part.is_empty() && part != b"." && part != b".." && part.len() <= 255;
-    path.is_empty()
-        || (path.len() < 4096
-            && !path.contains(&0)
-            && path
-                .split(|byte| *byte == b'/')
-                .all(|part| fine(part) && part != UNFINISHED.as_bytes()))
+    path.is_empty() || (path.len() < 4096 && !path.contains(&0) && path.split(|byte| *byte == b'/').all(fine))
 }
 
 fn write(place: &Path, entries: &[v1::VolumeEntry]) -> io::Result<()> {

@@ -18,6 +18,9 @@ pub const TAKEN: u8 = 1;
 /// Instead of a frame's length: no more in this direction, and no more is taken in the other.
 pub const FORWARD_CLOSED: u32 = u32::MAX;
 
+/// Sockets below one mount at most.
+pub const MAX_SOCKETS_BELOW: usize = 64;
+
 /// Connections of one session at most.
 pub const MAX_CONNECTIONS: usize = 16;
 

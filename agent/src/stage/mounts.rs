@@ -3,14 +3,20 @@
 //! Runs in the second half, before it has entered the root: sources are the agent's paths, destinations are resolved inside the root.
 
 use std::{
-    ffi::{CStr, CString},
-    os::fd::{AsFd, OwnedFd},
+    ffi::{CStr, CString, OsStr},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt},
+        },
+    },
     path::Path,
 };
 
 use caisson_agent_api::v1::MountPropagation;
 use rustix::{
-    fs::{Mode, OFlags, StatVfsMountFlags},
+    fs::{Mode, OFlags, ResolveFlags, StatVfsMountFlags, openat2},
     io::Errno,
     mount::{
         MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
@@ -21,7 +27,7 @@ use rustix::{
 use super::{At, StageError, device_nodes, users::Users};
 use crate::{
     rootfs::{self, Want, name_of},
-    stage_spec::{RootSpec, StageMount},
+    stage_spec::{RootSpec, StageMount, StageSocket},
     user_namespace::{bind_mapped, map_owners},
 };
 
@@ -56,6 +62,7 @@ pub(super) fn build(spec: &RootSpec, users: Option<&Users<'_>>) -> Result<OwnedF
             Some(tree) => attach(&root, mount, &tree, users)?,
             None => one(&root, mount, users)?,
         }
+        sockets(&root, mount, users)?;
     }
     for device in &spec.devices {
         device_nodes::own(&root, device, users)?;
@@ -235,6 +242,60 @@ fn bind(
     Ok(())
 }
 
+/// Binds sockets of the agent's over those of the host below a mount, where they are still seen. What a container of the pod has put there
+/// meanwhile stays what it is.
+fn sockets(root: &OwnedFd, wanted: &StageMount, users: Option<&Users<'_>>) -> Result<(), StageError> {
+    if wanted.sockets.is_empty() {
+        return Ok(());
+    }
+    let path = &wanted.destination;
+    let volume = rootfs::open(root, path, OFlags::PATH).at(|| format!("opening {path}"))?;
+    for socket in &wanted.sockets {
+        let step = || {
+            let name = String::from_utf8_lossy(&socket.path);
+            format!("binding {} to {name:?} below {path}", socket.source)
+        };
+        let Some(target) = below(&volume, socket) else {
+            continue;
+        };
+        match users.filter(|_| wanted.pod_ids) {
+            Some(users) => {
+                bind_mapped(Path::new(&socket.source), target.as_fd(), users.namespace.as_fd()).at(step)?;
+            }
+            None => mount_bind(&socket.source, name_of(&target)).at(step)?,
+        }
+        if wanted.readonly
+            && let Some(mounted) = opened_below(&volume, socket, ResolveFlags::empty())
+        {
+            set_readonly(&mounted, &step())?;
+        }
+    }
+    Ok(())
+}
+
+/// The socket of the host below a volume; `None` when something else is there by now, or a link or a mount on the way.
+fn below(volume: &OwnedFd, socket: &StageSocket) -> Option<OwnedFd> {
+    let target = opened_below(volume, socket, ResolveFlags::NO_XDEV)?;
+    let found = std::fs::metadata(name_of(&target)).ok()?;
+    let meant = std::fs::symlink_metadata(&socket.same_as).ok()?;
+    // Both are seen through file systems that number files as they come; a socket's time is that of its making.
+    let same = (found.mtime(), found.mtime_nsec()) == (meant.mtime(), meant.mtime_nsec());
+    (found.file_type().is_socket() && same).then_some(target)
+}
+
+fn opened_below(volume: &OwnedFd, socket: &StageSocket, besides: ResolveFlags) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | besides;
+    openat2(
+        volume,
+        OsStr::from_bytes(&socket.path),
+        flags,
+        Mode::empty(),
+        resolve,
+    )
+    .ok()
+}
+
 /// Where a mount goes. Never into /proc, by whatever links the image has: what is there would be believed by this very stage.
 fn destination(root: &OwnedFd, path: &str, want: Want) -> Result<OwnedFd, StageError> {
     let target = rootfs::ensure(root, path, want).at(|| format!("creating mount point {path}"))?;
@@ -261,7 +322,11 @@ fn remount_inert(root: &OwnedFd, path: &str) -> Result<(), StageError> {
 fn remount_readonly(root: &OwnedFd, path: &str) -> Result<(), StageError> {
     // A new lookup: the old location is below the mount now.
     let mounted = rootfs::open(root, path, OFlags::PATH).at(|| format!("opening {path}"))?;
-    let old = rustix::fs::fstatvfs(&mounted)
+    set_readonly(&mounted, path)
+}
+
+fn set_readonly(mounted: &OwnedFd, path: &str) -> Result<(), StageError> {
+    let old = rustix::fs::fstatvfs(mounted)
         .at(|| format!("looking at {path}"))?
         .f_flag;
     let mut flags = MountFlags::BIND | MountFlags::RDONLY;
@@ -277,7 +342,7 @@ fn remount_readonly(root: &OwnedFd, path: &str) -> Result<(), StageError> {
             flags |= keep;
         }
     }
-    mount_remount(name_of(&mounted), flags, c"").at(|| format!("making {path} read-only"))
+    mount_remount(name_of(mounted), flags, c"").at(|| format!("making {path} read-only"))
 }
 
 fn existing(root: &OwnedFd, path: &str) -> Result<Option<(OwnedFd, bool)>, StageError> {

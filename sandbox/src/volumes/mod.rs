@@ -196,6 +196,7 @@ impl Volumes {
                 // What is copied has nothing mounted below it.
                 Propagation::Private | Propagation::Slave => guest::MountPropagation::MountPrivate.into(),
             },
+            sockets: Vec::new(),
         })
     }
 
