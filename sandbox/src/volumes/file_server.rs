@@ -43,6 +43,10 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 /// Most volumes that one process serves.
 const MAX_EXPORTS: usize = 1024;
 
+/// Most of a pod's volumes and found sockets together when another socket is found: each is a descriptor of the agent's, and those that
+/// were asked for by name come first.
+const MAX_WITH_FOUND: usize = 256;
+
 /// Where it expects mounts, in its own namespace.
 const PLACE: &str = "/volumes";
 
@@ -154,6 +158,32 @@ impl FileServer {
         readonly: ReadOnly,
         propagation: Propagation,
     ) -> Result<guest::SharedSource, SandboxError> {
+        let export = self.export_within(MAX_EXPORTS, guest, path, readonly, propagation);
+        export.await?.ok_or_else(|| SandboxError::Invalid {
+            what: "number of volumes".into(),
+            reason: format!("the pod has {MAX_EXPORTS} shared volumes already"),
+        })
+    }
+
+    /// The same for a socket that nobody has asked for by name; `None` when there are enough.
+    pub(crate) async fn export_found(
+        &self,
+        guest: &GuestClient,
+        socket: HostPath,
+    ) -> Result<Option<guest::SharedSource>, SandboxError> {
+        // A read-only mount does not keep anybody from connecting.
+        self.export_within(MAX_WITH_FOUND, guest, socket, ReadOnly::No, Propagation::Private)
+            .await
+    }
+
+    async fn export_within(
+        &self,
+        limit: usize,
+        guest: &GuestClient,
+        path: HostPath,
+        readonly: ReadOnly,
+        propagation: Propagation,
+    ) -> Result<Option<guest::SharedSource>, SandboxError> {
         let mut running = self.running.lock().await;
         if running
             .as_ref()
@@ -177,12 +207,7 @@ impl FileServer {
         let exports = &mut server.record.exports;
         let number = match exports.iter().position(|export| *export == wanted) {
             Some(number) => number,
-            None if exports.len() >= MAX_EXPORTS => {
-                return Err(SandboxError::Invalid {
-                    what: "number of volumes".into(),
-                    reason: format!("the pod has {MAX_EXPORTS} shared volumes already"),
-                });
-            }
+            None if exports.len() >= limit => return Ok(None),
             None => {
                 let (process, next) = (server.process.reference().clone(), exports.len());
                 let attached = blocking(move || attach(&process, &path, next, readonly, propagation));
@@ -193,11 +218,11 @@ impl FileServer {
             }
         };
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.record.clone());
-        Ok(guest::SharedSource {
+        Ok(Some(guest::SharedSource {
             session: server.record.session,
             export: number.to_string(),
             socket: self.settings.sockets,
-        })
+        }))
     }
 
     async fn start(&self, guest: &GuestClient) -> Result<Running, SandboxError> {

@@ -53,9 +53,13 @@ impl HostPath {
             ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
         )
         .map_err(|error| failed()(error.into()))?;
+        Self::at(path, location).map_err(|error| failed()(error.into()))
+    }
+
+    /// What is at a location that is known by this path.
+    pub(crate) fn at(path: PathBuf, location: OwnedFd) -> rustix::io::Result<Self> {
         let what = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
-        let found =
-            statx(&location, c"", AtFlags::EMPTY_PATH, what).map_err(|error| failed()(error.into()))?;
+        let found = statx(&location, c"", AtFlags::EMPTY_PATH, what)?;
         Ok(Self {
             kind: FileType::from_raw_mode(found.stx_mode.into()),
             mode: u32::from(found.stx_mode) & 0o7777,

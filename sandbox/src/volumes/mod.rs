@@ -7,6 +7,7 @@
 //! emptyDir in memory                                     tmpfs in the guest
 //! a Unix socket of the host                              a socket in the guest, connected to it  file_server.rs
 //! everything else                                        stays on the host, served by a process  file_server.rs
+//!   and what is listened on below it                     the same as a Unix socket                sockets_below.rs
 //! ```
 //!
 //! Must not know the CRI: a mount arrives as a [`HostVolume`]. Every error names the host path and the place in the container.
@@ -15,12 +16,19 @@ mod empty_dir;
 pub(crate) mod file_server;
 mod host_path;
 mod kubelet;
+mod listeners;
 mod mount_table;
 mod mount_tree;
 mod projected;
+mod sockets_below;
 pub(crate) mod watch;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
 
 use caisson_guest::GuestClient;
 use caisson_hypervisor::Disk;
@@ -41,6 +49,7 @@ use host_path::HostPath;
 use kubelet::{KubeletVolume, Medium, Source};
 use mount_tree::ReadOnly;
 use projected::Projected;
+use sockets_below::{Found, LIMITS, Limit};
 
 /// Everything that a pod's volumes need on the host while its VM lives.
 pub(crate) struct Volumes {
@@ -53,6 +62,8 @@ pub(crate) struct Volumes {
     file_server: FileServer,
     socket_server: FileServer,
     projected: Projected,
+    /// What was said in the log of searches for sockets that did not see everything.
+    said: Mutex<HashSet<(PathBuf, Option<Limit>)>>,
 }
 
 /// A name for what is at a path, within the 20 bytes of a disk's serial.
@@ -86,6 +97,7 @@ impl Volumes {
             file_server: FileServer::new(settings, record.file_server.clone()),
             socket_server: FileServer::new(for_sockets, record.socket_server.clone()),
             projected: Projected::new(node.watcher.clone(), node.config.agent_deadline),
+            said: Mutex::default(),
         }
     }
 
@@ -276,6 +288,7 @@ impl Volumes {
             (true, false) => ReadOnly::Top,
             (true, true) => ReadOnly::All,
         };
+        let (path, sockets) = self.sockets_below(live, path).await?;
         let export = self
             .file_server
             .export(&live.guest, path, readonly, volume.propagation)
@@ -284,8 +297,57 @@ impl Volumes {
             destination: volume.container_path.clone(),
             readonly: readonly == ReadOnly::All || (readonly == ReadOnly::Top && !has_more),
             source: Some(Mounted::Shared(export)),
+            sockets,
             ..guest::Mount::default()
         })
+    }
+
+    /// What is listened on below a directory now, ready to be connected from the guest.
+    async fn sockets_below(
+        &self,
+        live: &Live,
+        path: HostPath,
+    ) -> Result<(HostPath, Vec<guest::SocketBelow>), SandboxError> {
+        if path.kind != FileType::Directory {
+            return Ok((path, Vec::new()));
+        }
+        let directory = path.path.clone();
+        let (path, found) = within(live, &directory, move |_| {
+            let found = sockets_below::search(&path, &LIMITS);
+            Ok((path, found))
+        })
+        .await?;
+        let Found { sockets, mut reached } = found.unwrap_or_else(|error| {
+            if self.is_new(&directory, None) {
+                tracing::warn!(path = %directory.display(), error = %error.chain(), "sockets below the volume are not connected");
+            }
+            Found::default()
+        });
+        let mut below = Vec::new();
+        for (path, socket) in sockets {
+            match self.socket_server.export_found(&live.guest, socket).await? {
+                Some(source) => below.push(guest::SocketBelow {
+                    path: path.into_os_string().into_vec(),
+                    source: Some(source),
+                }),
+                // Others may be served already.
+                None => {
+                    reached.insert(Limit::Exports);
+                }
+            }
+        }
+        for limit in reached {
+            if self.is_new(&directory, Some(limit)) {
+                tracing::info!(path = %directory.display(), %limit, found = below.len(), "not all of a volume was searched for sockets");
+            }
+        }
+        Ok((path, below))
+    }
+
+    /// Whether nothing was said of it yet.
+    fn is_new(&self, directory: &Path, limit: Option<Limit>) -> bool {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.insert((directory.to_owned(), limit))
     }
 }
 

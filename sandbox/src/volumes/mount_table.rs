@@ -12,6 +12,8 @@ use crate::SandboxError;
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mounted {
+    /// As statx(2) names it.
+    pub(crate) id: u64,
     /// `major:minor` of the file system.
     pub(crate) device: String,
     /// What of the file system is mounted.
@@ -48,6 +50,11 @@ impl MountTable {
         path.ancestors().find_map(|above| self.at(above))
     }
 
+    /// The mount of this number.
+    pub(crate) fn numbered(&self, id: u64) -> Option<&Mounted> {
+        self.0.iter().find(|mount| mount.id == id)
+    }
+
     /// Whether something is mounted below.
     pub(crate) fn has_below(&self, path: &Path) -> bool {
         self.0
@@ -56,11 +63,20 @@ impl MountTable {
     }
 }
 
+impl Mounted {
+    /// The device as numbers.
+    pub(crate) fn device_numbers(&self) -> Option<(u32, u32)> {
+        let (major, minor) = self.device.split_once(':')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    }
+}
+
 fn line(line: &[u8]) -> Option<Mounted> {
     let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let mark = fields.iter().position(|field| *field == b"-")?;
     let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
     Some(Mounted {
+        id: text(fields.first()?).parse().ok()?,
         device: text(fields.get(2)?),
         root: unescape(fields.get(3)?),
         point: unescape(fields.get(4)?),
@@ -112,6 +128,8 @@ mod tests {
             (mount.file_system.as_str(), mount.options.as_str()),
             ("tmpfs", "rw,size=1k")
         );
+        assert_eq!((mount.id, mount.device_numbers()), (9, Some((0, 4))));
+        assert_eq!(table.numbered(9), Some(mount));
         assert_eq!(table.of(Path::new("/a b\\c/d/e")), Some(mount));
         assert_eq!(table.of(Path::new("/a")).unwrap().file_system, "ext4");
         assert!(table.has_below(Path::new("/")) && !table.has_below(Path::new("/a b\\c")));

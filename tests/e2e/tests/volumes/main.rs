@@ -13,6 +13,7 @@ mod empty_dirs;
 mod full_host;
 mod projected;
 mod shared;
+mod sockets_below;
 mod unusable;
 
 /// busybox, and `/probe` for what it lacks (probe.c).
