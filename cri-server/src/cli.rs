@@ -81,7 +81,7 @@ Configuration file (TOML; every key may be left out):
                 guest_overhead_mib = 48, host_reserve_mib = 96,
                 scratch_mib = 10240, attach_slots = 16, empty_dir_mib = 65536, file_server, boot_deadline_seconds = 100, agent_deadline_seconds = 60
   [hypervisor]  driver = \"auto\"|\"builtin\"|\"qemu\", vmm, accelerator = \"auto\"|\"kvm\"|\"tcg\", qemu, vsock_backend,
-                 user = \"per-vm\"|\"uid:gid\"|\"root\", uid_base
+                 user = \"per-vm\"|\"uid:gid\"|\"root\", uid_base, huge_pages = false
   [apparmor]    profile_dir = \"/etc/apparmor.d\", parser
   [network]     conf_dir, plugin_dirs = [], cache_dir, netns_dir, plugin_deadline_seconds = 60
   [images]      root, insecure_registries = [], ca_files = [], max_image_mib = 32768, stall_deadline_seconds = 60

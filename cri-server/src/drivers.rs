@@ -65,6 +65,7 @@ fn builtin_config(choice: &HypervisorChoice, users: &Users) -> BuiltinConfig {
         vmm: choice.vmm.clone(),
         kvm: "/dev/kvm".into(),
         users: users.clone(),
+        huge_pages: choice.huge_pages,
     }
 }
 

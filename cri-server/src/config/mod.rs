@@ -139,6 +139,8 @@ pub struct HypervisorChoice {
     pub vsock_backend: PathBuf,
     /// Whom the VMs' processes run as.
     pub user: VmUser,
+    /// Transparent huge pages for guests of the built-in VMM.
+    pub huge_pages: bool,
 }
 
 /// A hypervisor driver.
@@ -329,6 +331,7 @@ impl Config {
             "vmm": self.hypervisor.vmm,
             "vsockBackend": self.hypervisor.vsock_backend,
             "user": self.hypervisor.user.to_string(),
+            "hugePages": self.hypervisor.huge_pages,
             "defaultMemoryMiB": self.vm.default_memory_mib,
             "defaultVcpus": self.vm.default_vcpus,
             "maxMemoryMiB": self.vm.max_memory_mib,
@@ -457,6 +460,7 @@ fn hypervisor(top: &mut Section) -> HypervisorChoice {
             .optional_absolute("vsock_backend")
             .unwrap_or_else(|| beside_the_daemon(VSOCK_BACKEND)),
         user: section.vm_user("user", "uid_base"),
+        huge_pages: section.flag("huge_pages", false),
     })
 }
 

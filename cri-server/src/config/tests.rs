@@ -73,6 +73,7 @@ fn every_key_has_its_effect() {
         qemu = "/q"
         vsock_backend = "/v"
         user = "65534:65533"
+        huge_pages = true
         [apparmor]
         profile_dir = "/aa"
         parser = "/ap"
@@ -105,6 +106,7 @@ fn every_key_has_its_effect() {
     assert_eq!(config.guest.cmdline, ["a=b"]);
     assert_eq!(config.vm.attach_slots, 3);
     assert_eq!(config.hypervisor.accelerator, Accelerator::Tcg);
+    assert!(config.hypervisor.huge_pages);
     assert_eq!(
         config.hypervisor.user,
         VmUser::Fixed {

@@ -34,6 +34,7 @@ async fn main() {
         vmm: absolute(vmm),
         kvm: "/dev/kvm".into(),
         users: Users::new(VmUser::default()).unwrap(),
+        huge_pages: false,
     };
     let driver = Builtin::detect(config).await.unwrap();
     println!("{}", driver.describe());

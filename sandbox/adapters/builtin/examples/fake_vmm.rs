@@ -59,6 +59,7 @@ fn main() {
             exit(3);
         }
         "fail" => fail(&spec),
+        "huge" if !spec.memory.huge_pages => exit(4),
         "mute" => sleep(),
         "babble" => {
             started.write_all(b"hello?\n").unwrap();

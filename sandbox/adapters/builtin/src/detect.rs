@@ -34,6 +34,7 @@ pub(crate) async fn detect_on(config: BuiltinConfig, kvm: &Kvm) -> Result<Builti
         vmm: config.vmm.clone(),
         kvm: config.kvm.clone(),
         users: config.users,
+        huge_pages: config.huge_pages,
     })
 }
 
@@ -69,6 +70,7 @@ mod tests {
             vmm: vmm.into(),
             kvm: "/dev/kvm".into(),
             users: Users::new(VmUser::Daemon).unwrap(),
+            huge_pages: false,
         }
     }
 

@@ -268,7 +268,7 @@ fn specification(
     let memory = Memory {
         boot_mib: spec.memory_mib,
         max_mib: spec.max_memory_mib.min(spec::MEMORY_MAX_MIB),
-        huge_pages: false,
+        huge_pages: driver.huge_pages,
     };
     let nics = spec
         .nics

@@ -27,6 +27,8 @@ pub struct BuiltinConfig {
     pub kvm: PathBuf,
     /// Gives each VM its user; shared with other drivers of the same daemon.
     pub users: Users,
+    /// Guests' memory of transparent huge pages where the host has them: less CPU for more memory.
+    pub huge_pages: bool,
 }
 
 /// The driver. Cheap to clone.
@@ -38,6 +40,7 @@ pub struct Builtin {
     /// What the host's KVM is, as half a sentence.
     pub(crate) because: String,
     pub(crate) users: Users,
+    pub(crate) huge_pages: bool,
 }
 
 /// [`Hypervisor::name`] of this driver.

@@ -26,10 +26,15 @@ fn fake() -> PathBuf {
 }
 
 async fn driver() -> Builtin {
+    driver_with(false).await
+}
+
+async fn driver_with(huge_pages: bool) -> Builtin {
     let config = BuiltinConfig {
         vmm: fake(),
         kvm: "/dev/null".into(),
         users: Users::new(VmUser::Daemon).unwrap(),
+        huge_pages,
     };
     Builtin::detect_on(config, &Kvm::Usable { vendor: Vendor::Amd })
         .await
@@ -136,6 +141,16 @@ async fn a_vm_takes_disks_and_is_gone_after_a_kill() {
     vm.kill().await.unwrap();
     assert_eq!(vm.wait().await.reason, "caisson-vmm was killed by signal 9");
     assert_eq!(bench.processes(), 0);
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn huge_pages_are_asked_for_where_the_driver_is_told_to() {
+    let bench = Bench::new();
+    let without = driver().await.launch(bench.spec("huge")).await;
+    assert!(without.is_err());
+    let bench = Bench::new();
+    let vm = driver_with(true).await.launch(bench.spec("huge")).await.unwrap();
     vm.kill().await.unwrap();
 }
 

@@ -66,6 +66,7 @@ impl Caisson {
             vmm,
             kvm: "/dev/kvm".into(),
             users: Users::new(VmUser::default()).unwrap(),
+            huge_pages: false,
         };
         Ok(Self {
             driver: Builtin::detect(config).await.map_err(|e| chain(&e))?,
