@@ -8,6 +8,7 @@
 //! inherited -> namespaced (a child goes on) -> confined -> built -> filtered -> running -> ended: exit record
 //! ```
 
+mod allocator;
 mod control;
 mod descriptors;
 mod machine;
@@ -57,6 +58,7 @@ enum Failure {
 }
 
 fn main() -> ExitCode {
+    allocator::keep_little();
     record::abort_on_panic();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let number = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
@@ -117,6 +119,7 @@ fn run(number: i32) -> Result<(), Failure> {
         .write_all(Started::Running.line().as_bytes())
         .map_err(Failure::Tell)?;
     drop(started);
+    allocator::give_back();
 
     let end = running.wait();
     let failed = matches!(end, End::Failed(_));
