@@ -288,7 +288,7 @@ impl Actor {
     }
 
     /// A VM that its driver had to stop has missed the time until now.
-    fn set_clock(&mut self) {
+    pub(crate) fn set_clock(&mut self) {
         let Some(live) = self.live.clone() else { return };
         self.spawn_work(async move {
             if let Err(error) = live.guest.set_clock(SystemTime::now(), live.deadline).await {

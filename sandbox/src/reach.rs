@@ -105,6 +105,8 @@ impl Actor {
         let strangers = self.strangers(&known);
         self.live = Some(live.clone());
         self.why = None;
+        // It may have been silent because its driver had to stop it.
+        self.set_clock();
         self.apply(Event::AgentFound).await;
         for id in self.containers.keys().cloned().collect::<Vec<_>>() {
             self.take_up(&live, &id);

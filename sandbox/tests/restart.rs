@@ -342,6 +342,11 @@ async fn a_silent_agent_is_asked_again_and_its_pod_becomes_ready() {
         )
     })
     .await;
+    // It may have stood still.
+    until("its clock is set", || async {
+        node.host.faults.called("SetClock") == 1
+    })
+    .await;
     // What was removed meanwhile is not left in the guest, and what runs is served as before.
     until("discarded", || async {
         guest.containers.lock().unwrap().len() == 2
