@@ -29,5 +29,5 @@ CAISSON_KERNEL=$CAISSON_BIN_DIR/$(basename "$CAISSON_KERNEL") CAISSON_INITRAMFS=
 trap '"$here/run.sh" cp -r /tmp/critest /run/node/ 2>/dev/null; cp -r "${TMPDIR:-/tmp}/caisson-node/$NODE_NAME"/{console,exchange/critest} "$results/" 2>/dev/null; "$here/run.sh" --stop' EXIT
 "$here/run.sh" --start && "$here/run.sh" cp -r "$checkout/$results/bin" "$CAISSON_BIN_DIR" || exit 1
 "$here/run.sh" "$CAISSON_BIN_DIR/caissond" --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | grep hypervisor # a fresh node has no network for pods; critest makes its own
-# One guest in a hundred or so stops under emulation, of a cause not known: a spec that fails is tried once more, and both are told of.
+# What emulates the node is not above suspicion (mend-qemu.pl): a spec that fails is tried once more, and both are told of.
 "$here/run.sh" "$CAISSON_BIN_DIR/critest" --report /tmp/critest "$@" -- -ginkgo.flake-attempts=2

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Prints the program that emulates the node: QEMU of trixie-backports with its own libraries, fetched once. Before QEMU 10.2 an emulated CPU
-# can lose an interrupt that comes while it enters or leaves a nested guest (`interrupt_request` was changed by two threads, unprotected): a
-# process or a whole guest of the node then sleeps for ever, once in some dozens of them.
+# Prints the program that emulates the node: QEMU of trixie-backports with its own libraries, fetched once and mended. Before QEMU 10.2 an
+# emulated CPU can lose an interrupt that comes while it enters or leaves a nested guest (`interrupt_request` was changed by two threads,
+# unprotected), and a process or a whole guest sleeps for ever; and up to now one can get an interrupt twice, which `mend-qemu.pl` takes from it.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${CAISSON_CACHE:-$HOME/.cache/caisson}
-place="$cache/node-qemu-$(sha256sum <"$0" | cut -c1-16)"
+place="$cache/node-qemu-$(cat "$here/qemu.sh" "$here/mend-qemu.pl" | sha256sum | cut -c1-16)"
 
 if [ ! -x "$place/qemu" ]; then
     mkdir -p "$cache"
@@ -29,6 +29,8 @@ exec "\$usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "\$usr/lib
     -L "\$usr/share/qemu" -L "\$usr/share/seabios" "\$@"
 WRAPPER
     chmod +x "$work/result/qemu"
+    # Another build of it may look otherwise: then it serves as it is, for all but a guest in a hundred.
+    "$here/mend-qemu.pl" "$work/result/root/usr/bin/qemu-system-x86_64" || echo "node: QEMU could not be mended: a nested guest may hang or fail now and then" >&2
     sed "s#^usr=.*#usr=$work/result/root/usr#" "$work/result/qemu" | sh -s -- --version >&2
     rm -rf "$place"
     mv "$work/result" "$place"

@@ -35,7 +35,7 @@ launch() { # port
     # Polling before a halt costs an emulated CPU a sixth of what a pod's test takes.
     # shellcheck disable=SC2086
     setsid "$qemu" -nodefaults -no-user-config -display none -no-reboot -name "caisson-node-$name" \
-        -machine q35 -accel tcg,thread=multi -cpu max,+svm,+npt,-xsave -smp "${NODE_CPUS:-2}" -m "${NODE_MEMORY:-4G}" \
+        -machine q35 -accel "tcg,thread=${NODE_THREADS:-single}" -cpu max,+svm,+npt,-xsave -smp "${NODE_CPUS:-2}" -m "${NODE_MEMORY:-4G}" \
         -kernel "$image/vmlinux" -initrd "$image/initramfs.cpio" \
         -append "console=ttyS0 quiet loglevel=4 clearcpuid=cx16 mitigations=off audit=0 lsm=landlock,apparmor,bpf nokaslr net.ifnames=0 systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 random.trust_cpu=on panic=-1 tsc=reliable nowatchdog kvm.halt_poll_ns=0 rcupdate.rcu_expedited=1" \
         -drive "if=none,id=root,file=$image/root.ext4,format=raw,snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap" -device virtio-blk-pci,drive=root \
