@@ -1,5 +1,6 @@
-//! `make bench-images`: what pulling and converting an image of many layers costs, against containerd on the same image from the same
-//! registry in the same run, where there is one: `CAISSON_BENCH_CONTAINERD` names its binary.
+//! `make bench-images`: what pulling and converting an image of many layers costs, against Debian's containerd on the same image from the same
+//! registry in the same run, unpacking (overlayfs) and converting (its erofs snapshotter, where the host has EROFS); and how long a
+//! container of that image takes to start, next to one of a small image.
 //!
 //! Prints Markdown for docs/performance.md. CPU time is that of the server and the children it has waited for; memory is the largest sum of
 //! proportional set sizes that was seen of both; disk is what the file system gave.
@@ -19,14 +20,17 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
-    cri::Cri,
+    cache,
+    containerd::Containerd,
+    cri::{Cri, container, pod},
     daemon::{Daemon, Product},
-    eventually,
-    host::{Host, text},
-    image::{Image, Layer, debian_package},
+    eventually, figures,
+    host::Host,
+    image::{self, Image, Layer, debian_package},
     registry::Registry,
     run,
 };
+use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
 /// A layer for each; together about 300 MB when unpacked. Some are large files, some are thousands of small ones.
@@ -51,8 +55,16 @@ const PACKAGES: [&str; 18] = [
     "manpages",
 ];
 const RUNS: usize = 3;
+/// Containers of each image that are started.
+const STARTS: usize = 7;
 
 fn main() -> Result<()> {
+    // While there is a network.
+    Containerd::fetch()?;
+    image::fetch_packages()?;
+    for name in PACKAGES {
+        debian_package(name)?;
+    }
     run(bench())
 }
 
@@ -85,21 +97,25 @@ async fn bench() -> Result<()> {
         costs.push(caisson(&host, &image, number).await?);
     }
     row("caissond", &costs);
-    if let Some(containerd) = env::var_os("CAISSON_BENCH_CONTAINERD") {
+    let versions = Containerd::versions()?;
+    let (version, _) = versions.split_once('+').unwrap_or((&versions, ""));
+    for snapshotter in ["overlayfs", "erofs"] {
         let mut costs = Vec::new();
         for number in 0..RUNS {
-            let root = host.dir().join(format!("containerd-{number}"));
-            costs.push(containerd_pull(Path::new(&containerd), &root, &image).await?);
+            let root = host.dir().join(format!("containerd-{snapshotter}-{number}"));
+            match containerd_pull(&root, snapshotter, &image).await {
+                Ok(cost) => costs.push(cost),
+                Err(error) => {
+                    println!("\n- containerd with {snapshotter} is left out: {error:#}");
+                    break;
+                }
+            }
         }
-        let version = text(Command::new(&containerd).arg("--version"))?;
-        row(
-            &format!(
-                "containerd {}, overlayfs",
-                version.split(' ').nth(2).unwrap_or("?")
-            ),
-            &costs,
-        );
+        row(&format!("{version}, {snapshotter}"), &costs);
     }
+    let small = registry.push("small", "1", &image::busybox()?)?;
+    starts(&host, &image, &small).await?;
+    println!("\n{}", figures::machine()?);
     Ok(())
 }
 
@@ -147,6 +163,37 @@ async fn caisson(host: &Host, image: &str, number: usize) -> Result<Cost> {
     Ok(cost)
 }
 
+/// From CreateContainer to the answer of StartContainer, images that are there already, one container at a time in one pod: so each image is
+/// attached anew.
+async fn starts(host: &Host, large: &str, small: &str) -> Result<()> {
+    let mut daemon = Daemon::start(host, &Product::find()?, &[]).await?;
+    let mut cri = daemon.cri().await?;
+    let pod = pod(host, "starts");
+    let id = cri.run_pod(&pod).await?;
+    let mut taken: [Vec<f64>; 2] = Default::default();
+    for image in [large, small] {
+        cri.pull(image).await?;
+    }
+    for number in 0..STARTS {
+        for (image, taken) in [large, small].into_iter().zip(&mut taken) {
+            let config = container(&format!("c-{number}"), image, &["/bin/sleep", "1000000"]);
+            let began = Instant::now();
+            let started = cri.run(&id, &config, &pod).await?;
+            taken.push(figures::ms(began.elapsed()));
+            cri.remove(&started).await?;
+        }
+    }
+    cri.stop_pod(&id).await?;
+    cri.remove_pod(&id).await?;
+    daemon.terminate().await?;
+    println!("\n| CreateContainer and StartContainer, ms | least | median |\n|---|---:|---:|");
+    for (name, taken) in ["that image", "busybox, one small layer"].iter().zip(&taken) {
+        let [least, median] = [0.0, 0.5].map(|q| figures::quantile(taken, q));
+        println!("| {name} | {least:.0} | {median:.0} |");
+    }
+    Ok(())
+}
+
 /// A process that ends with this value.
 struct Peer(Child);
 
@@ -157,7 +204,7 @@ impl Drop for Peer {
     }
 }
 
-async fn containerd_pull(containerd: &Path, root: &Path, image: &str) -> Result<Cost> {
+async fn containerd_pull(root: &Path, snapshotter: &str, image: &str) -> Result<Cost> {
     fs::create_dir_all(root)?;
     let (socket, config) = (root.join("sock"), root.join("config.toml"));
     let data = root.join("root");
@@ -165,13 +212,25 @@ async fn containerd_pull(containerd: &Path, root: &Path, image: &str) -> Result<
         &config,
         format!(
             "version = 3\nroot = {data:?}\nstate = {:?}\n[grpc]\n  address = {socket:?}\n\
-             [plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'overlayfs'\n",
+             [plugins.'io.containerd.cri.v1.images']\n  snapshotter = '{snapshotter}'\n\
+             [plugins.'io.containerd.service.v1.diff-service']\n  default = ['erofs', 'walking']\n\
+             [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/amd64'\n  \
+             snapshotter = '{snapshotter}'\n  differ = '{}'\n",
             root.join("state"),
+            if snapshotter == "erofs" {
+                "erofs"
+            } else {
+                "walking"
+            },
         ),
     )?;
     let log = fs::File::create(root.join("log"))?;
+    let tools = cache().join("erofs-utils-1.8");
+    let path = format!("{}:{}", tools.display(), env::var("PATH").unwrap_or_default());
     let mut peer = Peer(
-        Command::new(containerd)
+        Command::new(cache().join("containerd/bin/containerd"))
+            // Its erofs snapshotter calls mkfs.erofs.
+            .env("PATH", path)
             .arg("--config")
             .arg(&config)
             .stdin(Stdio::null())
@@ -199,8 +258,19 @@ async fn containerd_pull(containerd: &Path, root: &Path, image: &str) -> Result<
     };
     peer.0.kill()?;
     peer.0.wait()?;
+    unmount_below(root)?;
     fs::remove_dir_all(root)?;
     Ok(cost)
+}
+
+/// containerd leaves its layers mounted when it ends.
+fn unmount_below(root: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo")?;
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    for point in points.filter(|point| Path::new(point).starts_with(root)) {
+        umount2(point, MntFlags::MNT_DETACH).with_context(|| format!("cannot unmount {point}"))?;
+    }
+    Ok(())
 }
 
 /// CPU time of a process and of the children it has waited for (proc(5), stat: utime, stime, cutime, cstime).
@@ -217,12 +287,16 @@ fn cpu(pid: u32) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 10))
 }
 
-/// Blocks below a directory, in bytes.
+/// Blocks below a directory, in bytes, without what is mounted there.
 fn disk(directory: &Path) -> Result<u64> {
     let mut bytes = 0;
+    let device = fs::metadata(directory)?.dev();
     let mut pending = vec![directory.to_owned()];
     while let Some(path) = pending.pop() {
         let metadata = fs::symlink_metadata(&path)?;
+        if metadata.dev() != device {
+            continue;
+        }
         bytes += metadata.blocks() * 512;
         if metadata.is_dir() {
             for entry in fs::read_dir(&path)? {
