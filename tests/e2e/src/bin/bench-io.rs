@@ -385,10 +385,12 @@ impl Bench<'_> {
             Err(error) => return self.note("iperf3's server", Err(error.into())),
         };
         let listens = eventually("iperf3's port", Duration::from_secs(20), async || {
-            tokio::net::TcpStream::connect((GATEWAY, 5201)).await.ok()
+            let tried = tokio::net::TcpStream::connect((GATEWAY, 5201)).await;
+            // It serves one connection after the other: this one must end.
+            tried.ok().map(drop)
         });
         match listens.await {
-            Ok(_) => {
+            Ok(()) => {
                 for (what, words) in STREAMS {
                     let outcome = self.iperf3(what, words, seconds).await;
                     self.note(what, outcome);
