@@ -6,7 +6,7 @@
 #   run.sh --start | --stop | --status | --console
 #   run.sh --once COMMAND...   a fresh node for this command alone
 #
-# Environment: NODE_NAME (default: one node for each checkout), NODE_MEMORY (4G), NODE_CPUS (2), NODE_QEMU. The checkout and the cache
+# Environment: NODE_NAME (default: one node for each checkout), NODE_MEMORY (4G), NODE_CPUS (2), NODE_THREADS (single, or multi: one for each CPU), NODE_QEMU. The checkout and the cache
 # are visible inside at their own paths, read-only; /run/node is a directory of the host, writable, `run.sh --status` says which.
 set -euo pipefail
 
