@@ -30,4 +30,4 @@ trap '"$here/run.sh" cp -r /tmp/critest /run/node/ 2>/dev/null; cp -r "${TMPDIR:
 "$here/run.sh" --start && "$here/run.sh" cp -r "$checkout/$results/bin" "$CAISSON_BIN_DIR" || exit 1
 "$here/run.sh" "$CAISSON_BIN_DIR/caissond" --kernel "$CAISSON_KERNEL" --initramfs "$CAISSON_INITRAMFS" check | grep hypervisor # a fresh node has no network for pods; critest makes its own
 # What emulates the node is not above suspicion (mend-qemu.pl): a spec that fails is tried once more, and both are told of.
-"$here/run.sh" "$CAISSON_BIN_DIR/critest" --report /tmp/critest "$@" -- -ginkgo.flake-attempts=2
+"$here/run.sh" "$CAISSON_BIN_DIR/critest" --report /tmp/critest --attempts 2 "$@"

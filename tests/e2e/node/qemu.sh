@@ -29,8 +29,12 @@ exec "\$usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "\$usr/lib
     -L "\$usr/share/qemu" -L "\$usr/share/seabios" "\$@"
 WRAPPER
     chmod +x "$work/result/qemu"
-    # Another build of it may look otherwise: then it serves as it is, for all but a guest in a hundred.
-    "$here/mend-qemu.pl" "$work/result/root/usr/bin/qemu-system-x86_64" || echo "node: QEMU could not be mended: a nested guest may hang or fail now and then" >&2
+    # Another build of it may look otherwise: then it serves as it is, with a thread for each CPU (run.sh), for all but a guest in a hundred.
+    if "$here/mend-qemu.pl" "$work/result/root/usr/bin/qemu-system-x86_64"; then
+        touch "$work/result/mended"
+    else
+        echo "node: QEMU could not be mended: a nested guest may hang or fail now and then" >&2
+    fi
     sed "s#^usr=.*#usr=$work/result/root/usr#" "$work/result/qemu" | sh -s -- --version >&2
     rm -rf "$place"
     mv "$work/result" "$place"

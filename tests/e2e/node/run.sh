@@ -6,7 +6,8 @@
 #   run.sh --start | --stop | --status | --console
 #   run.sh --once COMMAND...   a fresh node for this command alone
 #
-# Environment: NODE_NAME (default: one node for each checkout), NODE_MEMORY (4G), NODE_CPUS (2), NODE_THREADS (single, or multi: one for each CPU), NODE_QEMU. The checkout and the cache
+# Environment: NODE_NAME (default: one node for each checkout), NODE_MEMORY (4G), NODE_CPUS (2), NODE_QEMU, and
+# NODE_THREADS (single, or multi: one for each CPU; single is the default for a mended QEMU: mend-qemu.pl). The checkout and the cache
 # are visible inside at their own paths, read-only; /run/node is a directory of the host, writable, `run.sh --status` says which.
 set -euo pipefail
 
@@ -27,15 +28,17 @@ secure_shell() { # ssh arguments...
 }
 
 launch() { # port
-    local share="-fsdev local,security_model=none,multidevs=remap" qemu
+    local share="-fsdev local,security_model=none,multidevs=remap" qemu threads=multi
     qemu=${NODE_QEMU:-$("$here/qemu.sh")}
+    # One thread for all CPUs is as fast, and nothing can happen between two instructions of an emulated CPU.
+    [ ! -e "$(dirname "$qemu")/mended" ] || threads=single
     # TCG of QEMU 7.2 emulates cmpxchg16b wrongly now and then, so the kernel is told not to use it (not tried without since 10.0 is used).
     # Its SVM does not intercept xsetbv: KVM never learns which registers a guest saves, and the guest's processes lose their SSE
     # registers at a switch. Without xsave, everybody uses fxsave.
     # Polling before a halt costs an emulated CPU a sixth of what a pod's test takes.
     # shellcheck disable=SC2086
     setsid "$qemu" -nodefaults -no-user-config -display none -no-reboot -name "caisson-node-$name" \
-        -machine q35 -accel "tcg,thread=${NODE_THREADS:-single}" -cpu max,+svm,+npt,-xsave -smp "${NODE_CPUS:-2}" -m "${NODE_MEMORY:-4G}" \
+        -machine q35 -accel "tcg,thread=${NODE_THREADS:-$threads}" -cpu max,+svm,+npt,-xsave -smp "${NODE_CPUS:-2}" -m "${NODE_MEMORY:-4G}" \
         -kernel "$image/vmlinux" -initrd "$image/initramfs.cpio" \
         -append "console=ttyS0 quiet loglevel=4 clearcpuid=cx16 mitigations=off audit=0 lsm=landlock,apparmor,bpf nokaslr net.ifnames=0 systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 random.trust_cpu=on panic=-1 tsc=reliable nowatchdog kvm.halt_poll_ns=0 rcupdate.rcu_expedited=1" \
         -drive "if=none,id=root,file=$image/root.ext4,format=raw,snapshot=on,cache=unsafe,discard=unmap,detect-zeroes=unmap" -device virtio-blk-pci,drive=root \

@@ -89,7 +89,7 @@ impl Drop for Watch {
     }
 }
 
-/// Where the vCPUs and the queues of a VM stand, on a few lines. Registers are in KVM's structures, which the state has as bytes.
+/// Where the vCPUs and the queues of a VM stand, on a few lines.
 fn in_short(vm: &Path) -> String {
     let mut said = format!("=== an old VM: {}\n", vm.display());
     for file in ["console.log", "vmm.log"] {
@@ -107,58 +107,61 @@ fn in_short(vm: &Path) -> String {
         return said;
     };
     for cpu in state["machine"]["cpus"].as_array().into_iter().flatten() {
-        let bytes = |name: &str| -> Vec<u8> {
-            let bytes = cpu[name].as_array().into_iter().flatten();
-            bytes
-                .map(|byte| byte.as_u64().unwrap_or_default() as u8)
-                .collect()
-        };
-        let (registers, lapic) = (bytes("registers"), bytes("lapic"));
-        // struct kvm_regs: sixteen general registers, rip, rflags. The local APIC: bits of what is served at 0x100, of what waits at 0x200.
-        let bits = |from: usize| {
-            let words = (0..8).map(|word| word_at(&lapic, from + 16 * word, 4));
-            words
-                .map(|word| format!("{word:08x}"))
-                .collect::<Vec<_>>()
-                .join(" ")
-        };
-        said += &format!(
-            "\ncpu mode {} rip {:x} flags {:x} rsp {:x} served {} waiting {} priority {:x} timer {:x} {:x} events {}",
-            cpu["mode"][0],
-            word_at(&registers, 128, 8),
-            word_at(&registers, 136, 8),
-            word_at(&registers, 48, 8),
-            bits(0x100),
-            bits(0x200),
-            word_at(&lapic, 0x80, 4),
-            word_at(&lapic, 0x320, 4),
-            word_at(&lapic, 0x390, 4),
-            cpu["events"],
-        );
-        for msr in cpu["msrs"].as_array().into_iter().flatten() {
-            let bytes = msr.as_array().into_iter().flatten();
-            let bytes: Vec<u8> = bytes
-                .map(|byte| byte.as_u64().unwrap_or_default() as u8)
-                .collect();
-            // The time stamp counter and its deadline.
-            if [0x10, 0x6e0].contains(&word_at(&bytes, 0, 4)) {
-                said += &format!(" msr {:x} {:x}", word_at(&bytes, 0, 4), word_at(&bytes, 8, 8));
-            }
-        }
+        said += &cpu_in_short(cpu);
     }
     for function in state["functions"].as_array().into_iter().flatten() {
-        let state = &function["state"];
-        let queues = state["transport"]["queues"].as_array().into_iter().flatten();
-        let queues = queues.map(|queue| format!("{}/{}", queue["next_available"], queue["next_used"]));
-        said += &format!(
-            "\n{} status {} queues {} vectors {}",
-            state["kind"],
-            state["transport"]["status"],
-            queues.collect::<Vec<_>>().join(" "),
-            state["vectors"]
-        );
+        said += &function_in_short(&function["state"]);
     }
     said
+}
+
+/// struct kvm_regs: sixteen general registers, rip, rflags. The local APIC: bits of what is served at 0x100, of what waits at 0x200.
+fn cpu_in_short(cpu: &Value) -> String {
+    let (registers, lapic) = (bytes(&cpu["registers"]), bytes(&cpu["lapic"]));
+    let bits = |from: usize| -> String {
+        let words = (0..8).map(|word| word_at(&lapic, from + 16 * word, 4));
+        words.map(|word| format!("{word:08x} ")).collect()
+    };
+    let mut said = format!(
+        "\ncpu mode {} rip {:x} flags {:x} rsp {:x} served {}waiting {}priority {:x} timer {:x} {:x} events {}",
+        cpu["mode"][0],
+        word_at(&registers, 128, 8),
+        word_at(&registers, 136, 8),
+        word_at(&registers, 48, 8),
+        bits(0x100),
+        bits(0x200),
+        word_at(&lapic, 0x80, 4),
+        word_at(&lapic, 0x320, 4),
+        word_at(&lapic, 0x390, 4),
+        cpu["events"],
+    );
+    for msr in cpu["msrs"].as_array().into_iter().flatten().map(bytes) {
+        // The time stamp counter and its deadline.
+        if [0x10, 0x6e0].contains(&word_at(&msr, 0, 4)) {
+            said += &format!(" msr {:x} {:x}", word_at(&msr, 0, 4), word_at(&msr, 8, 8));
+        }
+    }
+    said
+}
+
+fn function_in_short(state: &Value) -> String {
+    let queues = state["transport"]["queues"].as_array().into_iter().flatten();
+    let queues = queues.map(|queue| format!("{}/{} ", queue["next_available"], queue["next_used"]));
+    format!(
+        "\n{} status {} queues {}vectors {}",
+        state["kind"],
+        state["transport"]["status"],
+        queues.collect::<String>(),
+        state["vectors"]
+    )
+}
+
+/// A structure of KVM's, which the state has as a list of numbers.
+fn bytes(list: &Value) -> Vec<u8> {
+    let bytes = list.as_array().into_iter().flatten();
+    bytes
+        .map(|byte| byte.as_u64().unwrap_or_default() as u8)
+        .collect()
 }
 
 /// A number of so many bytes, little-endian; zero where there is none.

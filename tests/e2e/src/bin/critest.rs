@@ -1,7 +1,7 @@
 //! `make critest`: critest against the real daemon on a scratch host, judged by docs/conformance.md.
 //!
 //! ```text
-//! critest [--focus REGEXP] [--skip REGEXP] [--benchmark] [--containerd] [--report DIRECTORY] [-- CRITEST-FLAGS...]
+//! critest [--focus REGEXP] [--skip REGEXP] [--benchmark] [--attempts N] [--containerd] [--report DIRECTORY] [-- CRITEST-FLAGS...]
 //! critest --table OURS.json THEIRS.json
 //! ```
 //! With `--containerd`, Debian's containerd and runc are run instead, and nothing is judged: theirs is the column to compare with.
@@ -135,6 +135,10 @@ fn arguments() -> Result<Arguments> {
                 parsed.table.push(value()?.into());
             }
             "--report" => parsed.report = Some(value()?.into()),
+            // What passes at a later attempt is told of at the end.
+            "--attempts" => parsed
+                .critest
+                .push(format!("-ginkgo.flake-attempts={}", value()?)),
             "--benchmark" => {
                 parsed.partial = true;
                 parsed.benchmark = true;
